@@ -1,0 +1,1 @@
+"""Build, train, measure and look inside Vision Transformers."""

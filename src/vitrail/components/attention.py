@@ -1,0 +1,114 @@
+"""Scaled dot-product attention behind one function, and multi-head self-attention.
+
+    B batch, H heads, L query tokens, S key tokens, D width, d = D / H head width
+
+Papers: Vaswani et al. 2017, "Attention Is All You Need"; Dosovitskiy et al. 2021 (ViT); Henry et al. 2020,
+"Query-Key Normalization" (here with LayerNorm, as in ViT-22B).
+
+Every attention of the package goes through `attend`. It runs the fused kernel; where somebody watches the
+scores or the weights of a module, that module alone computes them explicitly. There is no global switch, and
+both ways give the same result.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrail.components.position import rotate
+from vitrail.components.tap import Tap
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scores: Tap,
+    weights: Tap,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Scaled dot-product attention, softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, equation 1).
+
+    Args:
+        query: [B, H, L, d].
+        key: [B, H, S, d].
+        value: [B, H, S, e].
+        scores: Tap on q k^T / sqrt(d) + bias, [B, H, L, S]; watching it selects the explicit path.
+        weights: Tap on the softmax of the scores, before dropout, rows sum to one; the same.
+        bias: Added to the scores, broadcastable to [B, H, L, S]; -inf forbids a pair.
+        dropout: Probability with which weights are dropped; the caller passes 0 outside training.
+
+    Returns:
+        [B, H, L, e].
+    """
+    if not (scores.watched or weights.watched):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+    logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # [B, H, L, S]
+    if bias is not None:
+        logits = logits + bias
+    shares = weights(scores(logits).softmax(dim=-1))
+    return F.dropout(shares, dropout) @ value
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2); parameter names are timm's.
+
+    Taps: `query`, `key`, `value` [B, H, N, d] (after QK-norm and rotation), `scores` and `weights`
+    [B, H, N, N], `mixed` [B, N, D] (heads side by side, before the output projection).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        attn_drop: float = 0.0,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(drop)
+        self.query, self.key, self.value = Tap(), Tap(), Tap()
+        self.scores, self.weights, self.mixed = Tap(), Tap(), Tap()
+
+    def forward(
+        self, x: Tensor, *, bias: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Attend among all tokens.
+
+        Args:
+            x: [B, N, D].
+            bias: Added to the scores, broadcastable to [B, H, N, N].
+            rotary: Cosines and sines that rotate queries and keys, broadcastable to [B, H, N, d].
+
+        Returns:
+            [B, N, D].
+        """
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        mixed = attend(
+            self.query(q),
+            self.key(k),
+            self.value(v),
+            scores=self.scores,
+            weights=self.weights,
+            bias=bias,
+            dropout=self.attn_drop if self.training else 0.0,
+        )
+        mixed = self.mixed(mixed.transpose(1, 2).reshape(B, N, D))
+        return self.proj_drop(self.proj(mixed))

@@ -1,0 +1,307 @@
+"""The run config: one typed tree that a recipe, the command line, a sweep and the log share.
+
+A recipe is a YAML file that holds values only. Dotted keys change single values (`optim.lr=3e-4`); an
+unknown key is an error that names the nearest one. The options of a model, and those of a task, belong to
+that model or task: the sections `model` and `task` carry them along, and whoever builds from the section
+checks them. This module knows no model and imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+_DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kM]?)\s*(epochs?|steps?|images?|%)\s*$")
+
+
+def _duration(text: str) -> str:
+    if not _DURATION.match(text):
+        raise ValueError(
+            f"expected a number with a unit, such as '5 epochs', '500 steps', '1M images' or '10%', got {text!r}"
+        )
+    return text
+
+
+Duration = Annotated[str, AfterValidator(_duration)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+FractionBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(_Section):
+    """Which model; every further key is an option of that architecture (`--model.depth 4`)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str = "vit_mnist_2blk"
+    """A name that `vitrail models` lists."""
+    pretrained: str | None = None
+    """Run folder, model folder or .safetensors file whose weights to start from."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that belong to the architecture."""
+        return dict(self.model_extra or {})
+
+
+class TaskSection(_Section):
+    """What is minimised; every further key is an option of that task (`--task.label_smoothing 0.1`)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str = "classify"
+    """The task's name; `classify` is supervised classification."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that belong to the task."""
+        return dict(self.model_extra or {})
+
+
+class DataSection(_Section):
+    """Which images, and how they are split."""
+
+    name: str = "digits"
+    """digits, mnist, fashion_mnist, cifar10 or cifar100."""
+    root: Path | None = None
+    """Folder with data sets in the hubs' layouts; else the environment variable VITRAIL_DATA, then the cache."""
+    val_fraction: FractionBelowOne = 0.1
+    """Share of the training images held out, stratified by class, where the set has no validation split."""
+    split_seed: int = 0
+    """Seed of that split: independent of `train.seed`, so that runs with different seeds share it."""
+    train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the remaining training images to use, stratified by class."""
+
+
+class AugmentSection(_Section):
+    """Augmentation of whole batches on the device; 0 or false switches a part off."""
+
+    flip: bool = False
+    """Mirror left to right with probability one half."""
+    crop: Annotated[int, Field(ge=0)] = 0
+    """Random crop after padding every side with this many pixels (zeros)."""
+    resized_crop: FractionBelowOne = 0.0
+    """Random resized crop: smallest share of the area to keep, e.g. 0.08 (Inception crop); aspect 3/4 to 4/3."""
+    rotate: NotNegative = 0.0
+    """Random rotation by up to this many degrees."""
+    translate: FractionBelowOne = 0.0
+    """Random shift by up to this share of the width and height."""
+    scale: FractionBelowOne = 0.0
+    """Random scaling by a factor between 1 - scale and 1 + scale."""
+    shear: NotNegative = 0.0
+    """Random shear by up to this many degrees."""
+    randaugment: Annotated[int, Field(ge=0)] = 0
+    """Number N of RandAugment operations an image."""
+    randaugment_magnitude: Annotated[float, Field(ge=0.0, le=10.0)] = 9.0
+    """Magnitude M of RandAugment, 0 to 10 (the paper's scale for CIFAR and ImageNet)."""
+    erase: Fraction = 0.0
+    """Probability of random erasing."""
+    mixup: NotNegative = 0.0
+    """Mixup's alpha."""
+    cutmix: NotNegative = 0.0
+    """CutMix's alpha; where both are on, each batch draws one of the two."""
+    mix_probability: Fraction = 1.0
+    """Share of the batches that are mixed at all."""
+    stop_at: Duration = "100%"
+    """When Mixup, CutMix, RandAugment and erasing end; the last part of a run then sees plain images."""
+
+
+class OptimSection(_Section):
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "rsqrt", "wsd"] = "cosine"
+    """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay (the last fifth)."""
+    warmup: Duration = "5%"
+    """Linear warm-up from zero."""
+    final_lr: FractionBelowOne = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: NotNegative = 0.05
+    """Decoupled weight decay; biases, norms, tokens, positions and LayerScale have none."""
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
+    """AdamW's betas."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW's epsilon."""
+    clip_norm: NotNegative = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+
+
+class TrainSection(_Section):
+    """How long, how, and where the result goes."""
+
+    duration: Duration = "20 epochs"
+    """Length of the run."""
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    """Images a step."""
+    eval_batch_size: Annotated[int, Field(ge=1)] = 500
+    """Images a step in evaluation."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto is bfloat16 on a GPU that has it, and float32 elsewhere; fp16 needs a GPU."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    ema: FractionBelowOne = 0.0
+    """Decay of the moving average of the weights that is evaluated and saved; 0 switches it off."""
+    progressive: dict[str, int] = Field(default_factory=dict)
+    """Image size from a point on, e.g. {"0%": 20, "60%": 28} (progressive resizing)."""
+    compile: bool = False
+    """Compile the task with torch.compile (needs a C++ compiler on a CPU)."""
+    seed: int = 0
+    """Seed of the weights, the order of the images and the augmentation."""
+    log_every: Duration = "50 steps"
+    """How often loss, learning rate and gradient norms are written."""
+    eval_every: Duration = "1 epoch"
+    """How often the validation split is evaluated."""
+    save_every: Duration = "1 epoch"
+    """How often a checkpoint is written, from which `resume` goes on."""
+    output: Path | None = None
+    """Run folder; runs/<recipe> when not given."""
+    resume: bool = False
+    """Go on from the run folder's checkpoint."""
+    overwrite: bool = False
+    """Replace what lies in the run folder."""
+
+
+class RunConfig(_Section):
+    """Everything that decides a run."""
+
+    model: ModelSection = ModelSection()
+    task: TaskSection = TaskSection()
+    data: DataSection = DataSection()
+    augment: AugmentSection = AugmentSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+
+    def save(self, path: Path) -> None:
+        """Write the resolved tree as YAML; `load_config(path)` gives it back exactly."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def steps(duration: str, *, batch_size: int, steps_per_epoch: int, total: int | None = None) -> int:
+    """Convert a duration with its unit into optimiser steps (rounded to the nearest).
+
+    Args:
+        duration: Such as "5 epochs", "500 steps", "1M images" or "10%".
+        batch_size: Images a step.
+        steps_per_epoch: Steps of one pass over the training images.
+        total: Steps of the whole run; percentages are of this.
+
+    Raises:
+        ValueError: The text has no number and unit, or a percentage is given where the whole is not known.
+    """
+    match = _DURATION.match(_duration(duration))
+    assert match is not None
+    amount = float(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]
+    unit = match[3].rstrip("s")
+    if unit == "%":
+        if total is None:
+            raise ValueError(f"{duration!r}: the length of the run cannot be a percentage of itself")
+        return round(amount / 100 * total)
+    return round(amount * {"epoch": steps_per_epoch, "step": 1, "image": 1 / batch_size}[unit])
+
+
+def list_recipes() -> dict[str, str]:
+    """Recipe names with the first line of their header comment."""
+    folder = resources.files("vitrail") / "configs"
+    found = {}
+    for entry in folder.iterdir():
+        if entry.name.endswith(".yaml"):
+            first = entry.read_text().split("\n", 1)[0]
+            found[entry.name.removesuffix(".yaml")] = first.lstrip("# ")
+    return dict(sorted(found.items()))
+
+
+def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The config of a recipe (a name, or a path to a YAML file) with dotted overrides.
+
+    Args:
+        recipe: A name that `list_recipes()` has, a path to a YAML file, or None for the defaults.
+        overrides: Dotted key to value, e.g. `{"optim.lr": 3e-4}`; text is read as YAML reads it.
+
+    Raises:
+        ValueError: Unknown recipe or key (with the nearest ones), or a value that does not fit, in one line.
+    """
+    tree = _read(recipe)
+    for key, value in (overrides or {}).items():
+        _set(tree, key, parse_value(value) if isinstance(value, str) else value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def parse_value(text: str) -> Any:
+    """Read a value as YAML does, and numbers such as 3e-4 too (YAML 1.1 takes them for text)."""
+    try:
+        return float(text) if re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", text) else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A half sentence that names the nearest known names, for error messages."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+
+
+def _read(recipe: str | Path | None) -> dict[str, Any]:
+    if recipe is None:
+        return {}
+    path = Path(recipe)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise ValueError(f"no recipe file {path}")
+        text = path.read_text()
+    elif str(recipe) in (known := list_recipes()):
+        text = (resources.files("vitrail") / "configs" / f"{recipe}.yaml").read_text()
+    else:
+        raise ValueError(f"unknown recipe {str(recipe)!r}: {nearest(str(recipe), known)}")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{recipe} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{recipe}: expected sections such as model: and train:, got {type(tree).__name__}")
+    return tree
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    section, _, name = key.partition(".")
+    if section not in RunConfig.model_fields or not name:
+        raise ValueError(f"unknown option {key!r}: {nearest(key, _keys())}")
+    branch = tree.setdefault(section, {})
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        branch = branch.setdefault(parent, {})
+    branch[leaf] = value
+
+
+def _keys() -> list[str]:
+    return [
+        f"{section}.{name}"
+        for section, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
+        for name in field.annotation.model_fields
+    ]
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown option {where!r}: {nearest(where, _keys())}"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')} (got {first.get('input')!r})"

@@ -1,0 +1,34 @@
+"""Running a model over a whole image set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.datasets import ImageSet, Preprocessing, batches
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, *, batch_size: int, device: torch.device
+) -> Tensor:
+    """Logits of every image in the order of the set.
+
+    Args:
+        model: Gives logits [B, K]; it is put into evaluation mode for the while and back afterwards.
+        images: Any set whose images the preprocessing fits.
+        preprocessing: Resizes and normalises the batches.
+        batch_size: Images at a time.
+        device: Where to run.
+
+    Returns:
+        float32 [N, K] on the CPU.
+    """
+    was_training = model.training
+    model.eval()
+    logits = [
+        model(preprocessing.normalise(preprocessing.resize(batch.to(device)))).float().cpu()
+        for batch, _ in batches(images, batch_size, seed=0, epoch=0, shuffle=False, drop_last=False)
+    ]
+    model.train(was_training)
+    return torch.cat(logits)

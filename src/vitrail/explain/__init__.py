@@ -1,0 +1,1 @@
+"""Looking into a model: what it attends to, what it learnt about positions, and how to draw it."""

@@ -1,0 +1,71 @@
+"""The architectures, and the table of their variants.
+
+`build_model("vit_base_patch16_224", num_classes=10, depth=6)` takes a variant's config, replaces fields and
+builds it. Weights come in one storey higher, in `vitrail.pretrained.create_model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from vitrail.models import vit
+from vitrail.models.encoder import Encoder, Features, Stage
+
+__all__ = ["SHORT_NAMES", "VARIANTS", "Encoder", "Features", "Stage", "build_model", "list_models", "model_config"]
+
+VARIANTS: dict[str, Any] = {**vit.VARIANTS}
+
+SHORT_NAMES = {
+    "vit_tiny": "vit_tiny_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "vit_large": "vit_large_patch16_224",
+    "vit_huge": "vit_huge_patch14_224",
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the variants that match a shell-style pattern, sorted."""
+    return sorted(fnmatch.filter(VARIANTS, pattern))
+
+
+def model_config(name: str, **changes: Any) -> Any:
+    """The frozen config of a variant with some fields replaced.
+
+    Raises:
+        ValueError: Unknown name or field (the message names the nearest), or a value that does not fit.
+    """
+    name = SHORT_NAMES.get(name, name)
+    if name not in VARIANTS:
+        raise ValueError(f"unknown model {name!r}: {_nearest(name, VARIANTS)}")
+    config = VARIANTS[name]
+    fields = get_type_hints(type(config))
+    for key, value in changes.items():
+        if key not in fields:
+            raise ValueError(f"model {name} has no option {key!r}: {_nearest(key, fields)}")
+        _check(name, key, value, fields[key])
+    return dataclasses.replace(config, **changes)
+
+
+def build_model(name: str, **changes: Any) -> Encoder:
+    """A freshly initialised model; see `model_config` for the arguments and errors."""
+    return model_config(name, **changes).build()
+
+
+def _check(name: str, key: str, value: Any, annotation: Any) -> None:
+    """Refuse values of the wrong kind: text from a command line reaches the configs here."""
+    try:
+        TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise ValueError(f"model {name}, option {key}: {problem}, got {value!r}") from None
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(near)}?" if near else "`vitrail models` lists all"

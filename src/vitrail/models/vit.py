@@ -1,0 +1,380 @@
+"""The Vision Transformer, with its embedding, positions and pooling as switches of one model.
+
+    B batch, N patches, P prefix tokens (class token, registers), L = P + N, D width, H heads
+
+Papers: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (ViT); Darcet et al. 2023, "Vision Transformers
+Need Registers"; Hassani et al. 2021 (sequence pooling). Parameter names are timm's, so its checkpoints load
+strictly.
+
+What differs from the paper: the head is one linear layer (the paper's pre-training head has a hidden tanh
+layer; `head="mlp"` gives a hidden GELU layer); weights start from a truncated normal of standard deviation
+0.02 (as in DeiT and timm). `prefix_position=False` adds positions to the patches only and prepends the prefix
+afterwards (timm: `no_embed_class`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.components.attention import Attention
+from vitrail.components.mlp import Mlp, SwiGLU
+from vitrail.components.patch import PATCH_EMBEDDINGS, patch_grid
+from vitrail.components.position import (
+    Grid,
+    LearnedPosition2d,
+    RelativePositionBias,
+    RotaryPosition2d,
+    SinCosPosition1d,
+    SinCosPosition2d,
+    resample_table,
+)
+from vitrail.components.residual import DropPath, LayerScale, drop_path_rates
+from vitrail.components.tap import Tap
+from vitrail.models.encoder import Encoder, Features, Fill, Stage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViTConfig:
+    """Everything that decides a ViT; the defaults are ViT-B/16 at 224 pixels."""
+
+    img_size: int | tuple[int, int] = 224  # height and width; other sizes work too, positions are resampled
+    patch_size: int = 16
+    in_chans: int = 3
+    num_classes: int = 1000  # 0: no head, the pooled features are returned
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    patch_embed: Literal["conv", "linear", "overlap", "stem"] = "conv"
+    position: Literal[
+        "none", "learned", "learned_2d", "sincos_1d", "sincos_2d", "relative", "rotary"
+    ] = "learned"
+    prefix_position: bool = True  # learned positions have rows for the prefix tokens too (the paper)
+    class_token: bool = True
+    registers: int = 0
+    pool: Literal["cls", "mean", "seqpool"] = "cls"
+    fc_norm: bool = False  # normalise after pooling instead of before (timm's mean-pooled models)
+    head: Literal["linear", "mlp"] = "linear"
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: float | None = None  # initial value; None: no LayerScale
+    drop: float = 0.0  # after the positions, both MLP layers and the attention's projection
+    attn_drop: float = 0.0
+    drop_path: float = 0.0  # at the last block, growing linearly from 0
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        if self.pool == "cls" and not self.class_token:
+            raise ValueError("pool 'cls' needs class_token=True; without one take pool 'mean' or 'seqpool'")
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches at `img_size`."""
+        return patch_grid(*self.image_shape, self.patch_size)
+
+    @property
+    def num_prefix(self) -> int:
+        """Class token plus registers."""
+        return int(self.class_token) + self.registers
+
+    def build(self) -> ViT:
+        """The model, freshly initialised."""
+        return ViT(self)
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)) (ViT, equations 2 and 3).
+
+    Taps: `mid` [B, L, D] after the attention's residual sum, `out` [B, L, D] after the MLP's.
+    """
+
+    def __init__(self, config: ViTConfig, drop_path: float) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        mlp = {"gelu": Mlp, "swiglu": SwiGLU}[config.mlp]
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(
+            dim,
+            config.num_heads,
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm,
+            attn_drop=config.attn_drop,
+            drop=config.drop,
+        )
+        self.ls1 = nn.Identity() if config.layer_scale is None else LayerScale(dim, config.layer_scale)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim, int(dim * config.mlp_ratio), config.drop)
+        self.ls2 = nn.Identity() if config.layer_scale is None else LayerScale(dim, config.layer_scale)
+        self.drop_path = DropPath(drop_path)
+        self.rel_pos = (
+            RelativePositionBias(config.grid, config.num_heads, config.num_prefix)
+            if config.position == "relative"
+            else None
+        )
+        self.mid, self.out = Tap(), Tap()
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid,
+        index: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """[B, L, D] -> [B, L, D].
+
+        Args:
+            x: Prefix tokens, then patches.
+            grid: The full grid of patches.
+            index: [B, L] places of the tokens in the full sequence, where some were dropped.
+            rotary: Cosines and sines for `Attention`.
+        """
+        bias = None if self.rel_pos is None else _pick_pairs(self.rel_pos(grid), index)
+        x = self.mid(x + self.drop_path(self.ls1(self.attn(self.norm1(x), bias=bias, rotary=rotary))))
+        return self.out(x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))))
+
+
+class ViT(Encoder):
+    """The encoder and its classifier; taps `embed` and `final` [B, L, D] besides those of the blocks."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_features = dim = config.embed_dim
+        self.patch_embed = PATCH_EMBEDDINGS[config.patch_embed](config.patch_size, config.in_chans, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, config.registers, dim)) if config.registers else None
+        self.pos_embed: nn.Parameter | nn.Module | None = None
+        if config.position == "learned":
+            rows = config.grid[0] * config.grid[1] + (config.num_prefix if config.prefix_position else 0)
+            self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
+        elif config.position == "learned_2d":
+            self.pos_embed = LearnedPosition2d(config.grid, dim)
+        elif config.position == "sincos_1d":
+            self.pos_embed = SinCosPosition1d(dim)
+        elif config.position == "sincos_2d":
+            self.pos_embed = SinCosPosition2d(dim)
+        self.rotary = (
+            RotaryPosition2d(dim // config.num_heads, config.num_prefix)
+            if config.position == "rotary"
+            else None
+        )
+        self.pos_drop = nn.Dropout(config.drop)
+        self.blocks = nn.ModuleList(
+            Block(config, rate) for rate in drop_path_rates(config.drop_path, config.depth)
+        )
+        self.norm = nn.Identity() if config.fc_norm else nn.LayerNorm(dim, eps=1e-6)
+        self.attention_pool = nn.Linear(dim, 1) if config.pool == "seqpool" else None
+        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if config.fc_norm else nn.Identity()
+        self.embed, self.final = Tap(), Tap()
+        self.apply(_initialise)
+        self.reset_classifier(config.num_classes)
+        for parameter, std in ((self.cls_token, 1e-6), (self.reg_token, 1e-6), (self.pos_embed, 0.02)):
+            if isinstance(parameter, nn.Parameter):
+                nn.init.trunc_normal_(parameter, std=std)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """One map: the patches."""
+        return (Stage(self.config.patch_size, self.config.embed_dim),)
+
+    def no_weight_decay(self) -> set[str]:
+        """Tokens and positions."""
+        tokens = ("cls_token", "reg_token", "pos_embed", "relative_position_bias_table")
+        return {name for name, _ in self.named_parameters() if any(token in name for token in tokens)}
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a fresh one; 0 classes: none, and `forward` gives the pooled features [B, D]."""
+        dim = self.num_features
+        if num_classes == 0:
+            self.head: nn.Module = nn.Identity()
+        elif self.config.head == "mlp":
+            self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, num_classes))
+        else:
+            self.head = nn.Linear(dim, num_classes)
+        self.head.apply(_initialise)
+
+    def patch(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """Images [B, C, H, W] -> tokens [B, N, D] and the grid (rows, columns)."""
+        return self.patch_embed(images)
+
+    def place(self, tokens: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
+        """Add positions, drop what is not kept, prepend the prefix: [B, N, D] -> [B, L, D]."""
+        patches_position, prefix_position = self._positions(grid, tokens)
+        if patches_position is not None:
+            tokens = tokens + patches_position
+        if keep is not None:
+            tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))
+        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if prefix:
+            first = torch.cat(prefix, dim=1)
+            if prefix_position is not None:
+                first = first + prefix_position
+            tokens = torch.cat([first.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        return self.embed(self.pos_drop(tokens))
+
+    def encode(
+        self, tokens: Tensor, grid: Grid, keep: Tensor | None = None, layers: Sequence[int] = ()
+    ) -> Features:
+        """Run the blocks: tokens [B, L, D] -> normalised features."""
+        depth, num_prefix = len(self.blocks), self.config.num_prefix
+        wanted: dict[int, list[int]] = {}
+        for layer in layers:
+            if not -depth <= layer < depth:
+                raise ValueError(f"layer {layer} of a model with {depth} blocks; expected {-depth} to {depth - 1}")
+            wanted.setdefault(layer % depth, []).append(layer)
+        index = None
+        if keep is not None:
+            prefix = torch.arange(num_prefix, device=keep.device).expand(keep.shape[0], -1)
+            index = torch.cat([prefix, keep + num_prefix], dim=1)  # [B, L]
+        rotary = None
+        if self.rotary is not None:
+            cosine, sine = self.rotary(grid, tokens.device)
+            rotary = _pick_tokens(cosine, index), _pick_tokens(sine, index)
+
+        def features(x: Tensor, seen: dict[int, Features]) -> Features:
+            return Features(patches=x[:, num_prefix:], prefix=x[:, :num_prefix], grid=grid, layers=seen)
+
+        seen: dict[int, Features] = {}
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens, grid, index, rotary)
+            for asked in wanted.get(number, ()):
+                seen[asked] = features(self.norm(tokens), {})
+        return features(self.final(self.norm(tokens)), seen)
+
+    def forward_features(
+        self,
+        images: Tensor,
+        *,
+        keep: Tensor | None = None,
+        fill: Fill | None = None,
+        layers: Sequence[int] = (),
+    ) -> Features:
+        """Encode images [B, C, H, W]; see `Encoder.forward_features`."""
+        tokens, grid = self.patch(images)
+        if fill is not None:
+            mask, token = fill
+            tokens = torch.where(mask[:, :, None], token.to(tokens.dtype), tokens)
+        return self.encode(self.place(tokens, grid, keep), grid, keep, layers)
+
+    def forward_head(self, features: Features) -> Tensor:
+        """Pool and classify: features -> logits [B, K]."""
+        return self.head(self.fc_norm(self.pool(features)))
+
+    def pool(self, features: Features) -> Tensor:
+        """One vector an image, [B, D]: class token, mean of the patches, or sequence pooling."""
+        if self.config.pool == "cls":
+            return features.prefix[:, 0]
+        if self.attention_pool is None:
+            return features.patches.mean(dim=1)
+        shares = self.attention_pool(features.patches).softmax(dim=1)  # [B, N, 1]
+        return (shares.transpose(1, 2) @ features.patches)[:, 0]
+
+    def position_table(self, grid: Grid) -> Tensor | None:
+        """The positions that are added to the patches, [N, D]; None for none, relative and rotary."""
+        device = self.patch_embed.proj.weight if hasattr(self.patch_embed.proj, "weight") else None
+        table, _ = self._positions(grid, device)
+        return None if table is None else table[0]
+
+    def _positions(self, grid: Grid, like: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Positions of the patches [1, N, D] and of the prefix [1, P, D], each None where there are none."""
+        if self.pos_embed is None:
+            return None, None
+        if not isinstance(self.pos_embed, nn.Parameter):
+            if isinstance(self.pos_embed, LearnedPosition2d):
+                return self.pos_embed(grid), None
+            return self.pos_embed(grid, None if like is None else like.device), None
+        num_prefix = self.config.num_prefix if self.config.prefix_position else 0
+        patches = resample_table(self.pos_embed[:, num_prefix:], self.config.grid, grid)
+        return patches, self.pos_embed[:, :num_prefix] if num_prefix else None
+
+
+def _pick_tokens(table: Tensor, index: Tensor | None) -> Tensor:
+    """[1, 1, L, d] -> [B, 1, n, d], the rows of `index` [B, n]."""
+    return table if index is None else table[0, 0][index][:, None]
+
+
+def _pick_pairs(bias: Tensor, index: Tensor | None) -> Tensor:
+    """[1, H, L, L] -> [B, H, n, n], the rows and columns of `index` [B, n]."""
+    if index is None:
+        return bias
+    return bias[0][:, index[:, :, None], index[:, None, :]].transpose(0, 1)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _sizes(dim: int, depth: int, num_heads: int, *patches: tuple[int, int]) -> dict[str, ViTConfig]:
+    return {
+        f"patch{patch_size}_{img_size}": ViTConfig(
+            embed_dim=dim, depth=depth, num_heads=num_heads, patch_size=patch_size, img_size=img_size
+        )
+        for patch_size, img_size in patches
+    }
+
+
+VARIANTS: dict[str, ViTConfig] = {
+    f"vit_{size}_{suffix}": config
+    for size, configs in {
+        "tiny": _sizes(192, 12, 3, (16, 224), (16, 384)),
+        "small": _sizes(384, 12, 6, (8, 224), (16, 224), (16, 384), (32, 224), (32, 384)),
+        "base": _sizes(768, 12, 12, (8, 224), (16, 224), (16, 384), (32, 224), (32, 384)),
+        "large": _sizes(1024, 24, 16, (16, 224), (16, 384), (32, 224), (32, 384)),
+        "huge": _sizes(1280, 32, 16, (14, 224)),
+    }.items()
+    for suffix, config in configs.items()
+} | {
+    # Small models for small images: 8 (scikit-learn's digits), 28 (MNIST) and 32 pixels (CIFAR).
+    "vit_digits": ViTConfig(
+        img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4, mlp_ratio=2.0
+    ),
+    "vit_mnist_2blk": ViTConfig(
+        img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64, depth=2, num_heads=4
+    ),
+    "vit_mnist_small": ViTConfig(
+        img_size=28,
+        patch_size=4,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=64,
+        depth=5,
+        num_heads=4,
+        mlp_ratio=2.0,
+        patch_embed="stem",
+        class_token=False,
+        pool="seqpool",
+    ),
+    "vit_cifar_plain": ViTConfig(
+        img_size=32, patch_size=4, num_classes=10, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2.0
+    ),
+    "vit_cifar": ViTConfig(
+        img_size=32,
+        patch_size=4,
+        num_classes=10,
+        embed_dim=128,
+        depth=2,
+        num_heads=4,
+        mlp_ratio=2.0,
+        patch_embed="stem",
+        class_token=False,
+        pool="seqpool",
+    ),
+}

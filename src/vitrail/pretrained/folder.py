@@ -1,0 +1,133 @@
+"""A model folder: the weights with everything that is needed to use them.
+
+    model.safetensors   the state dictionary
+    config.json         architecture and its config, class names, preprocessing
+
+Others split the same into `config.json` and `preprocessor_config.json` (transformers) or keep the
+preprocessing in code (timm); here it travels in one file, so the two cannot be mixed up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vitrail.models import Encoder, model_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """What a model folder holds."""
+
+    model: Encoder
+    """In evaluation mode, on the CPU."""
+    name: str
+    """The variant's name."""
+    classes: tuple[str, ...]
+    """Class names in the order of the logits."""
+    preprocessing: dict[str, Any]
+    """As `vitrail.datasets.Preprocessing.to_dict` gives it."""
+
+
+def save_model(
+    folder: Path,
+    model: Encoder,
+    *,
+    name: str,
+    classes: tuple[str, ...],
+    preprocessing: Mapping[str, Any],
+) -> None:
+    """Write a model folder; each file is written beside and renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    beside = folder / "model.safetensors.part"
+    save_file(state, beside, metadata={"format": "pt"})
+    os.replace(beside, folder / "model.safetensors")
+    config = {
+        "model": name,
+        "config": dataclasses.asdict(model.config),
+        "classes": list(classes),
+        "preprocessing": dict(preprocessing),
+    }
+    beside = folder / "config.json.part"
+    beside.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(beside, folder / "config.json")
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """The model folder at a path that is one, or that is a run folder with one in `model/`.
+
+    Raises:
+        ValueError: Neither.
+    """
+    path = Path(path)
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    if not path.exists():
+        raise ValueError(f"no run or model folder {path}")
+    raise ValueError(
+        f"{path} holds no model (expected config.json and model.safetensors, in it or in its folder model/); "
+        "a run writes it when it ends: resume it, or give another folder"
+    )
+
+
+def load_model(path: str | Path) -> ModelFolder:
+    """Read a model folder, or the one of a run folder.
+
+    Raises:
+        ValueError: No model there, or files that do not fit together; one line that names what.
+    """
+    folder = find_model_folder(path)
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        name, classes = stored["model"], tuple(stored["classes"])
+        changes = {key: tuple(v) if isinstance(v, list) else v for key, v in stored["config"].items()}
+        preprocessing = dict(stored["preprocessing"])
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged ({error}); write the model again") from None
+    model = model_config(name, **changes).build()
+    load_weights(model, folder / "model.safetensors")
+    return ModelFolder(model=model.eval(), name=name, classes=classes, preprocessing=preprocessing)
+
+
+def load_weights(model: torch.nn.Module, path: Path, *, except_head: bool = False) -> None:
+    """Load a .safetensors file strictly: every tensor used, every parameter filled, every shape equal.
+
+    Args:
+        model: Filled in place; untouched when anything does not fit.
+        path: The file.
+        except_head: Leave `head.*` as it is where its shape differs (another number of classes).
+
+    Raises:
+        ValueError: No such file, a damaged one, or weights of another model; one line that names what.
+    """
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"no weights {path}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a .safetensors file ({error})") from None
+    own = model.state_dict()
+    if except_head:
+        for key in [key for key in own if key.startswith("head.")]:
+            if key not in state or state[key].shape != own[key].shape:
+                state[key] = own[key]
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    unequal = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if missing or unexpected or unequal:
+        first = (unequal or missing or unexpected)[0]
+        raise ValueError(
+            f"{path} does not fit this model: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
+            f"{len(unequal)} of another shape (for instance {first})"
+        )
+    model.load_state_dict(state)

@@ -1,0 +1,354 @@
+"""The report of a run: pictures, a table of the curves, and one HTML file that needs nothing else.
+
+Everything comes from the run folder (`config.yaml`, `metrics.jsonl`, `manifest.json`, `evaluation/`), and
+from the model and the test images for what has to be looked at. What a run does not have, the report says.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from vitrail.config import load_config
+from vitrail.datasets import ImageSet, Preprocessing
+from vitrail.evaluation.metrics import ClassificationMetrics, Evaluation, read_evaluation
+from vitrail.explain.attention import attention_layers, class_attention
+from vitrail.explain.draw import INK, RED, image_grid, label, png, similarity_grid
+from vitrail.explain.positions import position_similarity
+from vitrail.models.encoder import Encoder
+from vitrail.reporting import figures
+
+PREDICTIONS, MISTAKES, LOOKED_AT = 20, 20, 5
+"""How many test images are shown: at random, among the mistakes, and with attention."""
+
+ATTENTION_LAYERS = 4
+
+UNTRAINED = "The run has logged no training step."
+UNTESTED = "The run has no test results: it did not finish, or its task has none."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Confusion:
+    """How often images of one class were called another."""
+
+    truth: str
+    answer: str
+    count: int
+    share: float
+    """Of the images of the true class."""
+
+
+def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, test: ImageSet) -> Path:
+    """Write `figures/*.png`, `metrics.csv` and `report.html` into a run folder.
+
+    Sections whose data are missing (no validation split, no test results, no attention among all tokens, no
+    added positions) say so instead. Files of an earlier report are replaced.
+
+    Args:
+        run: Run folder with `config.yaml`; the other files are optional.
+        model: The trained model; it is put into evaluation mode.
+        preprocessing: How test images become the model's input.
+        test: The images that `evaluation/<name>-<split>` was computed on, in the same order.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        ValueError: No run folder, or its stored evaluation is of other images.
+    """
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is no run folder: it has no config.yaml")
+    config = load_config(run / "config.yaml")
+    lines = _read_lines(run / "metrics.jsonl")
+    manifest = json.loads((run / "manifest.json").read_text()) if (run / "manifest.json").is_file() else {}
+    evaluation = _read_evaluation(run, test)
+    metrics = None if evaluation is None else evaluation.metrics
+    model.eval()
+
+    drawn = (
+        _draw_training(lines, metrics)
+        | _draw_test(test, evaluation)
+        | _draw_inside(model, preprocessing, test)
+    )
+    pictures, absent = {}, {}
+    (run / "figures").mkdir(exist_ok=True)
+    for name, figure in drawn.items():
+        path = run / "figures" / f"{name}.png"
+        if isinstance(figure, str):
+            absent[name] = figure
+            path.unlink(missing_ok=True)
+        else:
+            content = png(figure)
+            _replace(path, content)
+            pictures[name] = "data:image/png;base64," + base64.b64encode(content).decode()
+    _replace(run / "metrics.csv", _table(lines).encode())
+
+    environment = Environment(
+        loader=PackageLoader("vitrail.reporting", ""), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"percent": _percent, "thousands": _thousands}
+    page = environment.get_template("report.html.jinja").render(
+        title=f"{config.model.name} on {config.data.name}",
+        run=run.resolve().name,
+        test=test,
+        headline=list(_headline(manifest, metrics, lines)),
+        hardware=_sentence(_find(manifest, "hardware")),
+        command=_sentence(_find(manifest, "command"), " "),
+        pictures=pictures,
+        absent=absent,
+        metrics=metrics,
+        confusions=[] if metrics is None else _most_confused(metrics),
+        config=(run / "config.yaml").read_text(),
+        manifest=list(_flat(manifest)),
+    )
+    _replace(run / "report.html", page.encode())
+    return run / "report.html"
+
+
+def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Lines of metrics.jsonl by their kind; a last line that a killed run left half-written is ignored."""
+    lines: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
+    if path.is_file():
+        for text in path.read_text().splitlines(keepends=True):
+            if text.endswith("\n") and text.strip():
+                line = json.loads(text)
+                lines.setdefault(line["kind"], []).append(line)
+    return lines
+
+
+def _read_evaluation(run: Path, test: ImageSet) -> Evaluation | None:
+    name = f"{test.name}-{test.split}"
+    try:
+        evaluation = read_evaluation(run / "evaluation", name)
+    except FileNotFoundError:
+        return None
+    if not np.array_equal(evaluation.labels, test.labels):
+        raise ValueError(
+            f"{run / 'evaluation' / name}.npz is of other images than the {len(test)} given: evaluate again"
+        )
+    return evaluation
+
+
+Drawn = dict[str, Figure | str]
+"""Pictures by file name; a sentence where there is none, and why."""
+
+
+def _draw_training(lines: Mapping[str, list[dict[str, Any]]], metrics: ClassificationMetrics | None) -> Drawn:
+    train = lines["train"]
+    if not train:
+        return {"curves": UNTRAINED, "learning_rate": UNTRAINED, "gradients": UNTRAINED}
+    has_gradients = any(line.get("grad_norms") for line in train)
+    return {
+        "curves": figures.curves(train, lines["val"], metrics),
+        "learning_rate": figures.learning_rate(train),
+        "gradients": figures.gradients(train) if has_gradients else "The run has logged no gradient norms.",
+    }
+
+
+def _draw_test(test: ImageSet, evaluation: Evaluation | None) -> Drawn:
+    if evaluation is None:
+        return dict.fromkeys(("confusion", "calibration", "predictions", "mistakes"), UNTESTED)
+    answers = evaluation.probabilities.argmax(axis=1)
+    confidence = evaluation.probabilities.max(axis=1)
+    wrong = np.flatnonzero(answers != evaluation.labels)
+    sample = _sample(len(test))
+
+    def gallery(indices: np.ndarray) -> Figure:
+        images, labels = test.batch(indices)
+        captions, colours = [], []
+        for index, truth in zip(indices, labels.tolist(), strict=True):
+            answer = answers[index]
+            said = f"{label(test.classes[answer], 12)} ({100 * confidence[index]:.0f} %)"
+            if answer == truth:
+                captions.append(f"✓ {said}\n")
+            else:
+                captions.append(f"✗ {said}\ntrue: {label(test.classes[truth], 13)}")
+            colours.append(INK if answer == truth else RED)
+        return image_grid(images, captions, columns=5, colours=colours)
+
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+    return {
+        "confusion": figures.confusion(evaluation.metrics),
+        "calibration": figures.calibration(evaluation.metrics),
+        "predictions": gallery(sample[:PREDICTIONS]),
+        "mistakes": gallery(worst) if len(worst) else "No test image was answered wrongly.",
+    }
+
+
+def _draw_inside(model: Encoder, preprocessing: Preprocessing, test: ImageSet) -> Drawn:
+    if not len(test):
+        return dict.fromkeys(("attention", "positions"), "There are no test images.")
+    # The first image of each of a few classes, in the order of the sample.
+    sample = _sample(len(test))
+    _, first = np.unique(test.labels[sample], return_index=True)
+    chosen = sample[np.sort(first)[:LOOKED_AT]]
+    images, labels = test.batch(chosen)
+    device = next(model.parameters()).device
+    inputs = preprocessing.resize(preprocessing.normalise(images)).to(device)
+
+    drawn: Drawn = {}
+    depth = len(attention_layers(model))
+    if depth:
+        layers = np.unique(
+            np.linspace(0, depth - 1, min(depth, ATTENTION_LAYERS)).round().astype(int)
+        ).tolist()
+        maps = [class_attention(model, inputs, layer) for layer in layers]
+        tiles, captions, heat = [], [], []
+        for row, truth in enumerate(labels.tolist()):
+            tiles += [images[row]] * (1 + len(layers))
+            captions += [label(test.classes[truth], 16), *(f"block {layer + 1}" for layer in layers)]
+            heat += [None, *(own[row] for own in maps)]
+        drawn["attention"] = image_grid(torch.stack(tiles), captions, columns=1 + len(layers), heat=heat)
+    else:
+        drawn["attention"] = "No block of this architecture attends among all tokens, so it has no such maps."
+    with torch.no_grad():
+        grid = model.forward_features(inputs[:1]).grid
+    try:
+        drawn["positions"] = similarity_grid(position_similarity(model, (grid[0], grid[1])))
+    except ValueError as error:
+        drawn["positions"] = f"{error}."
+    return drawn
+
+
+def _sample(N: int) -> np.ndarray:
+    """All image numbers in an order that is random but the same for every run on the same set."""
+    return np.random.default_rng(0).permutation(N)
+
+
+def _most_confused(metrics: ClassificationMetrics, most: int = 10) -> list[Confusion]:
+    wrong = metrics.confusion * (1 - np.eye(len(metrics.confusion), dtype=np.int64))
+    names = [score.name for score in metrics.per_class]
+    found = []
+    for place in np.argsort(-wrong, axis=None, kind="stable")[:most]:
+        truth, answer = divmod(int(place), len(names))
+        count = int(wrong[truth, answer])
+        if count:
+            share = count / metrics.per_class[truth].count
+            found.append(Confusion(truth=names[truth], answer=names[answer], count=count, share=share))
+    return found
+
+
+def _headline(
+    manifest: Mapping[str, Any],
+    metrics: ClassificationMetrics | None,
+    lines: Mapping[str, list[dict[str, Any]]],
+) -> Iterator[tuple[str, str, str]]:
+    """What to show in large numbers: name, value, detail."""
+    if metrics is not None:
+        low, high = metrics.accuracy_interval
+        yield (
+            "Test accuracy",
+            _percent(metrics.accuracy),
+            f"95 % interval {100 * low:.2f} to {_percent(high)}, {_thousands(metrics.count)} images",
+        )
+        if metrics.top5 is not None:
+            yield "Among the five best", _percent(metrics.top5), "top-5 accuracy"
+        yield "Test loss", f"{metrics.loss:.3f}", f"cross-entropy, macro F1 {_percent(metrics.macro_f1)}"
+    elif lines["val"]:
+        last = lines["val"][-1]
+        yield (
+            "Validation accuracy",
+            _percent(last["accuracy"]),
+            f"at step {last['step']}; no test results yet",
+        )
+    parameters, macs = _find(manifest, "parameters"), _find(manifest, "macs")
+    if parameters is not None:
+        yield "Parameters", _short(parameters), f"{_thousands(parameters)} numbers learnt"
+    if macs is not None:
+        yield "MACs", _short(macs), "multiply-adds an image"
+    wall, cpu = _find(manifest, "wall_seconds"), _find(manifest, "cpu_seconds")
+    if wall is not None:
+        yield "Training time", _duration(wall), "" if cpu is None else f"{_duration(cpu)} of processor time"
+    seen, petaflop = _find(manifest, "images_seen"), _find(manifest, "petaflop")
+    if seen is not None:
+        yield "Images seen", _short(seen), "" if petaflop is None else f"{petaflop:.3g} petaFLOP"
+    speeds = [line["images_per_second"] for line in lines["train"] if line.get("images_per_second")]
+    if speeds:
+        yield "Speed", _short(float(np.median(speeds))), "images a second, median"
+
+
+def _find(tree: Any, key: str) -> Any:
+    """The value of a key, wherever in the tree it is; None when it is not there."""
+    if not isinstance(tree, Mapping):
+        return None
+    if key in tree:
+        return tree[key]
+    return next((found for branch in tree.values() if (found := _find(branch, key)) is not None), None)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and values of a tree."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _sentence(value)
+
+
+def _sentence(value: Any, separator: str = ", ") -> str:
+    """A value of the manifest as text."""
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        return separator.join(
+            f"{key} {_sentence(one)}" for key, one in value.items() if one not in (None, "")
+        )
+    if isinstance(value, list):
+        return separator.join(_sentence(one) for one in value)
+    return str(value)
+
+
+def _table(lines: Mapping[str, list[dict[str, Any]]]) -> str:
+    """The lines of metrics.jsonl as CSV, one column for each (dotted) key."""
+    rows = [dict(_flat(line)) for kind in lines.values() for line in kind]
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _thousands(number: float) -> str:
+    return f"{number:,.0f}".replace(",", "\u202f")
+
+
+def _short(number: float) -> str:
+    """A number with three digits and a unit: 1234567 -> 1.23 M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside and rename, so that no file is ever half there."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(content)
+    os.replace(beside, path)

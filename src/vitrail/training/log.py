@@ -1,0 +1,97 @@
+"""What a run says while it runs: `metrics.jsonl` for machines, a progress bar or plain lines for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class RunLog:
+    """Appends records to `metrics.jsonl` and shows where the run stands.
+
+    On a terminal there is one progress bar; elsewhere a line at most every ten seconds and one for every
+    evaluation, so that a log file stays short.
+    """
+
+    def __init__(self, path: Path, *, total: int, start: int) -> None:
+        self.total = total
+        self._console = Console(stderr=True, highlight=False)
+        self._began, self._start, self._last_line = time.monotonic(), start, 0.0
+        if start:
+            _keep_until(path, start)
+        self._file = path.open("a" if start else "w")
+        self._progress: Progress | None = None
+        if sys.stderr.isatty():
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("step {task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self._console,
+            )
+            self._bar = self._progress.add_task("training", total=total, completed=start, numbers="")
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._file.close()
+
+    def step(self, step: int) -> None:
+        """Say how many steps are done."""
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=step)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record ("train" or "val") and show its main numbers."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if record["kind"] == "val":
+            text = f"val loss {record['loss']:.4f}  val accuracy {100 * record['accuracy']:.2f} %"
+        else:
+            text = f"loss {record['loss']:.4f}  {record['images_per_second']:.0f} images/s"
+        if self._progress is not None:
+            if record["kind"] == "val":
+                self._console.print(f"epoch {record['epoch']:5.1f}  {text}")
+            else:
+                self._progress.update(self._bar, numbers=text)
+            return
+        now = time.monotonic()
+        if record["kind"] == "val" or now - self._last_line > 10:
+            self._last_line = now
+            done = record["step"] - self._start
+            left = (now - self._began) / max(done, 1) * (self.total - record["step"])
+            self._console.print(
+                f"epoch {record['epoch']:5.1f}  step {record['step']}/{self.total}  {text}  "
+                f"left {int(left) // 60}:{int(left) % 60:02d}",
+                soft_wrap=True,
+            )
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the records after a step: a killed run had logged them, and the resumed one logs them again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break  # the line that was being written when the run was killed
+    path.write_text("".join(line + "\n" for line in kept))

@@ -1,0 +1,196 @@
+"""The one training loop: batch, loss, backward, clip, step, average, log, evaluate, save.
+
+It knows no model, no data set and no task. Nothing in a step waits for the device: losses are summed there,
+and numbers are read only when a record is written.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from vitrail.tasks import Batch, Task
+from vitrail.training.checkpoint import (
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from vitrail.training.log import RunLog
+from vitrail.training.optim import Schedule, gradient_norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """When things happen, in optimiser steps."""
+
+    total: int
+    steps_per_epoch: int
+    log_every: int
+    eval_every: int
+    save_every: int
+
+
+def average_of(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of weights and buffers.
+
+    The decay grows with the number n of averaged steps, min(decay, (1 + n) / (10 + n)), so that the random
+    start is forgotten soon, also in short runs.
+    """
+
+    @torch.no_grad()
+    def blend(averaged: list[torch.Tensor], current: list[torch.Tensor], _n: torch.Tensor | int) -> None:
+        n = int(average.n_averaged)  # lies on the CPU; the argument may not, and reading it would wait
+        weight = 1.0 - min(decay, (1 + n) / (10 + n))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, weight)
+        else:
+            torch._foreach_copy_(averaged, current)  # counters, as in batch normalisation
+
+    average = AveragedModel(model, multi_avg_fn=blend, use_buffers=True)
+    return average
+
+
+def fit(
+    task: Task,
+    batches: Callable[[int], Iterator[Batch]],
+    *,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    clip_norm: float,
+    average: AveragedModel | None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None,
+    checkpoint: Path,
+    metrics: Path,
+    resume: bool,
+    compile: bool = False,  # noqa: A002  (the field's word)
+) -> None:
+    """Train a task in place.
+
+    Args:
+        task: On the accelerator's device.
+        batches: Given the first step, yields the batches from there to the end of the run.
+        plan: Length of the run, and when to log, evaluate and save.
+        optimizer: Over the task's parameters.
+        schedule: Step -> learning rate.
+        accelerator: Device, precision, backward, clipping.
+        clip_norm: Largest gradient norm; 0: no clipping.
+        average: Moving average of the trained model, or None; it is what is evaluated.
+        evaluate: Model -> {"loss", "accuracy"}, or None without validation images.
+        checkpoint: Where to save and to resume from.
+        metrics: The `metrics.jsonl` to write.
+        resume: Go on from the checkpoint.
+        compile: Run the task through torch.compile.
+
+    Raises:
+        ValueError: The loss is not finite (the last checkpoint stays), or nothing to resume from.
+    """
+    start = _restore(task, optimizer, average, checkpoint) if resume else 0
+    prepared, optimizer = accelerator.prepare(task, optimizer)
+    step_task = torch.compile(prepared) if compile else prepared
+    parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    task.train()
+    losses: dict[str, torch.Tensor] = {}
+    since, images, counted = time.perf_counter(), 0, 0
+
+    with RunLog(metrics, total=plan.total, start=start) as log:
+        for step, batch in enumerate(batches(start), start=start):
+            # Loss and gradients.
+            with accelerator.autocast():
+                output = step_task(batch, step)
+            accelerator.backward(output["loss"])
+            done = step + 1
+            logging = done % plan.log_every == 0 or done == plan.total
+            layer_norms = gradient_norms(task) if logging else {}
+            if clip_norm:
+                grad_norm = accelerator.clip_grad_norm_(parameters, clip_norm)
+            elif logging:
+                grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+            # The step itself.
+            rate = schedule(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            task.after_step()
+            if average is not None:
+                average.update_parameters(task.trained())
+
+            # Numbers: summed on the device, read only when a record is due.
+            images += len(next(iter(batch.values())))
+            counted += 1
+            for name, value in output.items():
+                losses[name] = losses[name] + value.detach() if name in losses else value.detach()
+            if logging:
+                seconds = time.perf_counter() - since
+                means = {name: float(value) / counted for name, value in losses.items()}
+                if not math.isfinite(means["loss"]):
+                    raise ValueError(
+                        f"the loss became {means['loss']} before step {done} (learning rate {rate:.2e}); "
+                        f"the checkpoint before it is kept: lower optim.lr, lengthen optim.warmup, or lower "
+                        "optim.clip_norm"
+                    )
+                record: dict[str, Any] = {
+                    "kind": "train",
+                    "step": done,
+                    "epoch": round(done / plan.steps_per_epoch, 4),
+                    **means,
+                    "lr": rate,
+                    "images_per_second": images / seconds,
+                    "grad_norm": float(grad_norm),
+                    "grad_norms": {name: float(norm) for name, norm in layer_norms.items()},
+                }
+                log.write(record)
+                losses, images, counted = {}, 0, 0
+            log.step(done)
+
+            # Evaluate and save; their time is not part of the throughput.
+            if evaluate is not None and (done % plan.eval_every == 0 or done == plan.total):
+                model = task.trained() if average is None else average.module
+                record = {"kind": "val", "step": done, "epoch": round(done / plan.steps_per_epoch, 4)}
+                log.write(record | evaluate(model))
+            if done % plan.save_every == 0 or done == plan.total:
+                save_checkpoint(
+                    checkpoint,
+                    {
+                        "step": done,
+                        "task": task.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "average": None if average is None else average.state_dict(),
+                        "random": random_state(),
+                    },
+                )
+            if logging:
+                since = time.perf_counter()
+
+
+def _restore(
+    task: Task, optimizer: torch.optim.Optimizer, average: AveragedModel | None, checkpoint: Path
+) -> int:
+    """Load a checkpoint into everything; the number of steps done."""
+    state = load_checkpoint(checkpoint)
+    try:
+        task.load_state_dict(state["task"])
+        optimizer.load_state_dict(state["optimizer"])
+        if average is not None:
+            average.load_state_dict(state["average"])
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"checkpoint {checkpoint} belongs to another model or optimiser ({first}); "
+            "resume with the config it was made with (config.yaml beside it)"
+        ) from None
+    restore_random_state(state["random"])
+    return int(state["step"])
