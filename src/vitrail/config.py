@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 _DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kM]?)\s*(epochs?|steps?|images?|%)\s*$")
 
 
-def _duration(text: str) -> str:
-    if not _DURATION.match(text):
+def _duration(text: Any) -> str:
+    if not isinstance(text, str) or not _DURATION.match(text):
         raise ValueError(
             f"expected a number with a unit, such as '5 epochs', '500 steps', '1M images' or '10%', got {text!r}"
         )
     return text
 
 
-Duration = Annotated[str, AfterValidator(_duration)]
+Duration = Annotated[str, BeforeValidator(_duration)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 FractionBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
@@ -183,9 +183,9 @@ class RunConfig(_Section):
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
 
-    def save(self, path: Path) -> None:
-        """Write the resolved tree as YAML; `load_config(path)` gives it back exactly."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+    def to_yaml(self) -> str:
+        """The resolved tree as YAML; `load_config` of a file with it gives it back exactly."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def steps(duration: str, *, batch_size: int, steps_per_epoch: int, total: int | None = None) -> int:

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 from vitrail.config import AugmentSection
-from vitrail.training.mixing import Mix, cutmix, mixup, soft_targets
+from vitrail.training.mixing import Mix, cutmix, mixup, one_hot
 
 
 def generator(seed=0):
@@ -23,30 +23,16 @@ def shares(targets, labels):
     return targets.gather(1, labels[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_soft_targets(smoothing):
-    labels = torch.tensor([2, 0])
-    targets = soft_targets(labels, 4, smoothing)
-    off, on = smoothing / 4, 1 - smoothing + smoothing / 4
-    expected = torch.tensor([[off, off, on, off], [on, off, off, off]])
-    torch.testing.assert_close(targets, expected)
+def test_one_hot():
+    assert torch.equal(one_hot(torch.tensor([2, 0]), 3), torch.tensor([[0.0, 0, 1], [1, 0, 0]]))
 
 
-def test_soft_targets_are_those_of_the_smoothed_cross_entropy():
-    logits = torch.randn(8, 5, generator=generator())
-    labels = torch.arange(8) % 5
-    ours = torch.nn.functional.cross_entropy(logits, soft_targets(labels, 5, 0.1))
-    torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1))
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mixup_is_the_mixture_of_image_and_partner(smoothing):
+def test_mixup_is_the_mixture_of_image_and_partner():
     images, _ = batch()
     labels = torch.arange(64)
-    mixed, targets = Mix(AugmentSection(mixup=0.8), 64, smoothing)(images, labels, generator())
-    rest = smoothing / 64
-    own = ((shares(targets, labels) - rest) / (1 - smoothing))[:, None]
-    plain = soft_targets(labels, 64, smoothing)
+    mixed, targets = Mix(AugmentSection(mixup=0.8), 64)(images, labels, generator())
+    own = shares(targets, labels)[:, None]
+    plain = one_hot(labels, 64)
     torch.testing.assert_close(targets, own * plain + (1 - own) * plain.roll(1, 0), atol=1e-6, rtol=0)
     weight = own[:, :, None, None]
     torch.testing.assert_close(mixed, weight * images + (1 - weight) * images.roll(1, 0), atol=1e-5, rtol=0)
@@ -71,7 +57,7 @@ def test_cutmix_area_is_one_minus_lambda_exactly(size, channels):
     # The image number is in the pixels, so a pasted pixel is one that shows the partner's.
     images = torch.arange(count, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, channels, height, width)
     labels = torch.arange(count)
-    mixed, targets = Mix(AugmentSection(cutmix=1.0), count, 0.0)(images, labels, generator())
+    mixed, targets = Mix(AugmentSection(cutmix=1.0), count)(images, labels, generator())
     pasted = mixed == images.roll(1, 0)
     assert (pasted | (mixed == images)).all()
     assert torch.equal(pasted[:, :1].expand_as(pasted), pasted)
@@ -93,17 +79,17 @@ def test_cutmix_areas_before_clipping_follow_lambda():
     assert 0.25 < area.mean() < 0.45
 
 
-def test_off_means_plain_images_and_soft_targets():
+def test_off_means_plain_images_and_targets():
     images, labels = batch()
     for section in (AugmentSection(), AugmentSection(mixup=1.0, cutmix=1.0, mix_probability=0.0)):
-        mixed, targets = Mix(section, 10, 0.1)(images, labels, generator())
+        mixed, targets = Mix(section, 10)(images, labels, generator())
         assert torch.equal(mixed, images)
-        assert torch.equal(targets, soft_targets(labels, 10, 0.1))
+        assert torch.equal(targets, one_hot(labels, 10))
 
 
 def test_each_batch_draws_whether_and_which():
     images, labels = batch(count=8)
-    mix = Mix(AugmentSection(mixup=1.0, cutmix=1.0, mix_probability=0.6), 10, 0.0)
+    mix = Mix(AugmentSection(mixup=1.0, cutmix=1.0, mix_probability=0.6), 10)
     rng = generator()
     drawn = {"plain": 0, "cutmix": 0, "mixup": 0}
     for _ in range(300):
@@ -123,7 +109,7 @@ def test_each_batch_draws_whether_and_which():
 def test_same_generator_state_same_batch(section):
     images, labels = batch()
     before = images.clone()
-    mix = Mix(section, 10, 0.1)
+    mix = Mix(section, 10)
     first, again, other = (mix(images, labels, generator(seed)) for seed in (3, 3, 4))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
@@ -134,6 +120,6 @@ def test_same_generator_state_same_batch(section):
 def test_batch_of_one():
     images, labels = batch(count=1)
     for section in (AugmentSection(mixup=0.8), AugmentSection(cutmix=1.0)):
-        mixed, targets = Mix(section, 10, 0.0)(images, labels, generator())
+        mixed, targets = Mix(section, 10)(images, labels, generator())
         torch.testing.assert_close(mixed, images)
-        torch.testing.assert_close(targets, soft_targets(labels, 10))
+        torch.testing.assert_close(targets, one_hot(labels, 10))

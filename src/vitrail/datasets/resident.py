@@ -7,6 +7,7 @@ process leaves nothing that looks complete, and two processes may do the same wo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -104,9 +105,7 @@ def _open(folder: Path) -> Resident | None:
 
 def _build(folder: Path, files: Sequence[Path], columns: Columns) -> Resident:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f"{folder.name}.*.tmp"):
-        if time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE_S:
-            shutil.rmtree(leftover, ignore_errors=True)
+    _remove_leftovers(folder.parent)
     beside = folder.with_name(f"{folder.name}.{secrets.token_hex(6)}.tmp")
     beside.mkdir()
     try:
@@ -125,6 +124,15 @@ def _build(folder: Path, files: Sequence[Path], columns: Columns) -> Resident:
     if found is None:
         raise OSError(f"{folder} changed while it was written")
     return found
+
+
+def _remove_leftovers(home: Path) -> None:
+    """Remove what killed processes left; what is younger may be another process at work."""
+    for leftover in home.glob("*.tmp"):
+        # Another process may remove it first.
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE_S:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _decode(folder: Path, files: Sequence[Path], columns: Columns) -> None:

@@ -10,6 +10,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -54,6 +55,8 @@ styled = matplotlib.rc_context(
         "legend.labelcolor": INK,
         "text.color": INK,
         "figure.facecolor": "white",
+        "axes.facecolor": "white",
+        "savefig.facecolor": "auto",
         "figure.constrained_layout.use": True,
     }
 )
@@ -86,65 +89,62 @@ def image_grid(
     colours: Sequence[str] | None = None,
     heat: Sequence[Tensor | None] | None = None,
 ) -> Figure:
-    """Images in rows of `columns`, each with its caption above.
+    """Images in rows of `columns`, each with its caption above, and a heat map over it where one is given.
 
-    Args:
-        images: uint8 [N, C, H, W], C is 1 or 3.
-        captions: N texts, pass names from outside through `label`.
-        columns: Images a row.
-        colours: N colours of the captions.
-        heat: N maps [rows, columns] of non-negative numbers to lay over the images, or None for none.
-    """
-    rows = ceil(len(images) / columns)
-    lines = 1 + max((caption.count("\n") for caption in captions), default=0)
-    tile = WIDTH / columns
-    height = tile * images.shape[2] / images.shape[3] + 0.16 * lines + 0.06
-    figure = Figure(figsize=(WIDTH, rows * height))
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for number, place in enumerate(axes):
-        if number >= len(images):
-            place.set_axis_off()
-            continue
-        show_image(place, images[number], None if heat is None else heat[number])
-        colour = INK if colours is None else colours[number]
-        place.set_title(captions[number], fontsize=8, color=colour, loc="center", pad=3, linespacing=1.25)
-    return figure
-
-
-def show_image(axes: Axes, image: Tensor, heat: Tensor | None = None) -> None:
-    """Draw one image without axes, with a heat map over it where one is given.
-
-    The heat map is stretched over the image patch by patch, without smoothing, and scaled to its own maximum;
+    A heat map is stretched over its image patch by patch, without smoothing, and scaled to its own maximum;
     the image below turns grey.
 
     Args:
-        axes: Where.
-        image: uint8 [C, H, W], C is 1 or 3.
-        heat: [rows, columns], non-negative.
+        images: uint8 [N, C, H, W], C is 1 or 3.
+        captions: N texts; pass names from outside through `label`.
+        columns: Images a row.
+        colours: N colours of the captions.
+        heat: N maps [rows, columns] of non-negative numbers, None where an image has none.
     """
+    lines = 1 + max(caption.count("\n") for caption in captions)
+    side, gap, above = WIDTH / columns, 0.07, 0.15 * lines + 0.14  # all in inches
+    width = side - gap
+    height = width * images.shape[2] / images.shape[3]
+    figure = Figure(figsize=(WIDTH, ceil(len(images) / columns) * (above + height) + gap))
+    figure.set_layout_engine("none")
+    # One pair of axes with inches as its unit: one pair an image takes seconds to lay out.
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, figure.get_figwidth()), ylim=(figure.get_figheight(), 0))
     axes.set_axis_off()
-    pixels = image.permute(1, 2, 0).cpu().numpy()  # [H, W, C]
-    height, width = pixels.shape[:2]
-    extent = (0.0, float(width), float(height), 0.0)
-    if heat is None:
-        axes.imshow(
-            pixels.squeeze(2) if pixels.shape[2] == 1 else pixels,
-            cmap="gray",
-            vmin=0,
-            vmax=255,
-            extent=extent,
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left = number % columns * side + gap / 2
+        top = number // columns * (above + height) + above
+        own_heat = None if heat is None else heat[number]
+        _draw_image(axes, image, own_heat, extent=(left, left + width, top + height, top))
+        axes.text(
+            left + width / 2,
+            top - 0.05,
+            caption,
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            linespacing=1.2,
+            color=INK if colours is None else colours[number],
         )
-        return
-    axes.imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=255, extent=extent)
-    values = heat.detach().float().cpu().numpy()
-    values = values / max(float(values.max()), 1e-12)
-    axes.imshow(
-        values, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=extent, interpolation="nearest"
-    )
+    return figure
+
+
+def _draw_image(
+    axes: Axes, image: Tensor, heat: Tensor | None, extent: tuple[float, float, float, float]
+) -> None:
+    pixels = image.permute(1, 2, 0).cpu().numpy()  # [H, W, C]
+    place: dict[str, Any] = {"extent": extent, "aspect": "auto"}
+    if heat is None and pixels.shape[2] == 3:
+        axes.imshow(pixels, **place)
+    else:
+        axes.imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=255, **place)
+    if heat is not None:
+        values = heat.detach().float().cpu().numpy()
+        top = max(float(values.max()), 1e-12)
+        axes.imshow(values, cmap="inferno", vmin=0, vmax=top, alpha=0.6, interpolation="nearest", **place)
 
 
 @styled
-def similarity_grid(similarity: Tensor, most: int = 7) -> Figure:
+def similarity_grid(similarity: Tensor, most: int = 8) -> Figure:
     """A map for each patch: how similar the position of every patch is to its own.
 
     Args:

@@ -25,23 +25,22 @@ MOST_CLASSES_WITH_NUMBERS = 20
 
 @styled
 def curves(train: Rows, val: Rows, test: ClassificationMetrics | None) -> Figure:
-    """Loss, and where there is something to show, accuracy against epochs."""
-    with_accuracy = bool(val) or test is not None
-    figure = Figure(figsize=(WIDTH, 4.4 if with_accuracy else 2.5))
-    panels = figure.subplots(2 if with_accuracy else 1, 1, sharex=True, squeeze=False)[:, 0]
+    """Loss against epochs, and accuracy where there is a validation split."""
+    figure = Figure(figsize=(WIDTH, 4.4 if val else 2.5))
+    panels = figure.subplots(2 if val else 1, 1, sharex=True, squeeze=False)[:, 0]
     epochs, loss = _series(train, "loss")
     panels[0].plot(epochs, loss, color=BLUE, alpha=0.3, linewidth=0.9)
     panels[0].plot(epochs, _running_mean(loss), color=BLUE, label="training")
     if val:
         panels[0].plot(*_series(val, "loss"), color=AMBER, marker=".", label="validation")
         panels[1].plot(*_series(val, "accuracy"), color=AMBER, marker=".", label="validation")
-    if test is not None:
+    if val and test is not None:
         panels[1].axhline(
             test.accuracy, color=INK, linestyle=(0, (4, 3)), linewidth=1, label="test, after training"
         )
         panels[1].axhspan(*test.accuracy_interval, color=INK, alpha=0.08, linewidth=0)
     panels[0].set_title("Loss")
-    if with_accuracy:
+    if val:
         panels[1].set_title("Accuracy")
         panels[1].yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in panels:
@@ -111,11 +110,8 @@ def gradients(train: Rows) -> Figure:
         for text in by_layer.get_xticklabels():
             text.set(ha="right", rotation_mode="anchor")
     by_layer.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
-    for axes in (over_time, by_layer):
-        _logarithmic(axes, norms)
-    if np.isfinite(norms).any():
-        # Bars on a logarithmic axis start from a round number, not from wherever the shortest one ends.
-        by_layer.set_ylim(bottom=10 ** np.floor(np.log10(np.nanmin(norms))))
+    _from_smallest(over_time, norms, bars=False)
+    _from_smallest(by_layer, norms, bars=True)
     return figure
 
 
@@ -206,12 +202,18 @@ def _running_mean(values: Sequence[float]) -> npt.NDArray[np.float64]:
     return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
-def _logarithmic(axes: Axes, values: npt.NDArray[np.float64]) -> None:
-    """A logarithmic vertical axis, if there is anything to show on it, with plain numbers at its ticks."""
+def _from_smallest(axes: Axes, values: npt.NDArray[np.float64], *, bars: bool) -> None:
+    """A vertical axis on which the smallest value can be read: logarithmic where they differ much."""
     if not np.isfinite(values).any():
         return
     low, high = np.nanmin(values), np.nanmax(values)
+    if high < 10 * low:
+        axes.set_ylim(bottom=0)
+        return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+    if bars:
+        # From a round number, not from wherever the shortest bar ends.
+        axes.set_ylim(bottom=10 ** np.floor(np.log10(low)))

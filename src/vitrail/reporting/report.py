@@ -104,11 +104,13 @@ def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, tes
         run=run.resolve().name,
         test=test,
         headline=list(_headline(manifest, metrics, lines)),
-        hardware=_sentence(_find(manifest, "hardware")),
-        command=_sentence(_find(manifest, "command"), " "),
+        finished=manifest.get("finished"),
+        hardware=_machine(manifest.get("hardware", {})),
+        command=manifest.get("command"),
         pictures=pictures,
         absent=absent,
         metrics=metrics,
+        classes=[] if metrics is None else list(enumerate(metrics.per_class)),
         confusions=[] if metrics is None else _most_confused(metrics),
         config=(run / "config.yaml").read_text(),
         manifest=list(_flat(manifest)),
@@ -172,11 +174,11 @@ def _draw_test(test: ImageSet, evaluation: Evaluation | None) -> Drawn:
             answer = answers[index]
             said = f"{label(test.classes[answer], 12)} ({100 * confidence[index]:.0f} %)"
             if answer == truth:
-                captions.append(f"✓ {said}\n")
+                captions.append(f"✓ {said}")
             else:
                 captions.append(f"✗ {said}\ntrue: {label(test.classes[truth], 13)}")
             colours.append(INK if answer == truth else RED)
-        return image_grid(images, captions, columns=5, colours=colours)
+        return image_grid(images, captions, columns=4, colours=colours)
 
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     return {
@@ -263,29 +265,29 @@ def _headline(
             _percent(last["accuracy"]),
             f"at step {last['step']}; no test results yet",
         )
-    parameters, macs = _find(manifest, "parameters"), _find(manifest, "macs")
-    if parameters is not None:
+    known = manifest.get
+    if (parameters := known("parameters")) is not None:
         yield "Parameters", _short(parameters), f"{_thousands(parameters)} numbers learnt"
-    if macs is not None:
+    if (macs := known("macs_per_image")) is not None:
         yield "MACs", _short(macs), "multiply-adds an image"
-    wall, cpu = _find(manifest, "wall_seconds"), _find(manifest, "cpu_seconds")
-    if wall is not None:
-        yield "Training time", _duration(wall), "" if cpu is None else f"{_duration(cpu)} of processor time"
-    seen, petaflop = _find(manifest, "images_seen"), _find(manifest, "petaflop")
-    if seen is not None:
-        yield "Images seen", _short(seen), "" if petaflop is None else f"{petaflop:.3g} petaFLOP"
+    if (seconds := known("training_seconds")) is not None:
+        processor = known("cpu_seconds")
+        detail = "" if processor is None else f"{_duration(processor)} of processor time"
+        yield "Training time", _duration(seconds), detail
+    if (seen := known("images_seen")) is not None:
+        compute = known("training_petaflop")
+        yield "Images seen", _short(seen), "" if compute is None else f"{compute:.3g} petaFLOP"
     speeds = [line["images_per_second"] for line in lines["train"] if line.get("images_per_second")]
     if speeds:
         yield "Speed", _short(float(np.median(speeds))), "images a second, median"
 
 
-def _find(tree: Any, key: str) -> Any:
-    """The value of a key, wherever in the tree it is; None when it is not there."""
-    if not isinstance(tree, Mapping):
-        return None
-    if key in tree:
-        return tree[key]
-    return next((found for branch in tree.values() if (found := _find(branch, key)) is not None), None)
+def _machine(hardware: Mapping[str, Any]) -> str:
+    """The processor that did the work."""
+    if hardware.get("gpu"):
+        return str(hardware["gpu"])
+    threads = hardware.get("threads")
+    return f"{hardware.get('cpu', '')}{'' if threads is None else f', threads used: {threads}'}"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -294,20 +296,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", _sentence(value)
-
-
-def _sentence(value: Any, separator: str = ", ") -> str:
-    """A value of the manifest as text."""
-    if value is None:
-        return ""
-    if isinstance(value, Mapping):
-        return separator.join(
-            f"{key} {_sentence(one)}" for key, one in value.items() if one not in (None, "")
-        )
-    if isinstance(value, list):
-        return separator.join(_sentence(one) for one in value)
-    return str(value)
+            yield f"{prefix}{key}", "" if value is None else str(value)
 
 
 def _table(lines: Mapping[str, list[dict[str, Any]]]) -> str:

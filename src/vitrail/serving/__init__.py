@@ -1,0 +1,5 @@
+"""Trained models at work."""
+
+from vitrail.serving.predictor import Prediction, Predictor
+
+__all__ = ["Prediction", "Predictor"]

@@ -220,7 +220,7 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
     y = torch.arange(height, device=device, dtype=images.dtype) - (height - 1) / 2
     per_column, per_row, shift = to_input[..., None, None].unbind(2)  # [B, 2, 1, 1] each
     # Sums of products rather than a matrix product: that one may run in TF32, a tenth of a pixel off.
-    grid = torch.addcmul(torch.addcmul(shift, per_row, y[:, None]), per_column, x)  # [B, 2, H, W]
+    grid = (shift + per_row * y[:, None]) + per_column * x  # [B, 2, H, 1] + [B, 2, 1, W]
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="zeros", align_corners=False)
 
 
@@ -378,35 +378,40 @@ def _randaugment(
     """Apply the section's number of operations to each image, after what the matrices say; in place.
 
     Geometric operations only multiply an image's matrix; the image is sampled when a colour operation comes
-    next, and at the end. Which images an operation changes is known on the host, so it runs on these only.
+    next, and at the end. For each round the images are sorted by operation, known on the host, so that an
+    operation runs on a slice.
     """
     count, _, height, width = images.shape
+    device = images.device
     # torchvision's 31 steps from no change to the strongest.
     strength = round(section.randaugment_magnitude * 3) / 30
     table = _randaugment_matrices(strength, height, width)
-    colour_operations = _colour_operations(strength)
     moved = torch.full((count,), matrices is not None)
     if matrices is None:
         matrices = torch.eye(3).repeat(count, 1, 1)
     shape = (section.randaugment, count)
     rounds = torch.randint(len(RANDAUGMENT_OPERATIONS), shape, generator=generator)
     sides = torch.randint(2, shape, generator=generator)
-    for operations, side in zip(rounds, sides, strict=True):
+    numbers = torch.arange(count)  # which image lies where
+    for drawn, side in zip(rounds, sides, strict=True):
+        order = drawn[numbers].argsort()
+        numbers, matrices, moved = numbers[order], matrices[order], moved[order]
+        images = images.index_select(0, order.to(device, non_blocking=True))
+        operations, side = drawn[numbers], side[numbers]
         geometric = operations >= _FIRST_GEOMETRIC
         coloured = (operations > 0) & ~geometric
         images = _sample_some(images, matrices, moved & coloured)
         matrices = torch.where(coloured[:, None, None], torch.eye(3), matrices) @ table[operations, side]
         moved = geometric | (moved & ~coloured)
-        factors = 1 + 0.9 * strength * (1 - 2 * side)
-        for name, change in colour_operations.items():
-            members = (operations == RANDAUGMENT_OPERATIONS.index(name)).nonzero().squeeze(1)
-            if len(members):
-                there = members.to(images.device, non_blocking=True)
-                changed = change(
-                    images.index_select(0, there), factors[members].to(images.device, non_blocking=True)
-                )
-                images.index_copy_(0, there, changed)
-    return _sample_some(images, matrices, moved)
+        factors = (1 + 0.9 * strength * (1 - 2 * side)).to(device, non_blocking=True)
+        ends = operations.bincount(minlength=len(RANDAUGMENT_OPERATIONS)).cumsum(0).tolist()
+        for name, change in _colour_operations(strength).items():
+            place = RANDAUGMENT_OPERATIONS.index(name)
+            group = slice(ends[place - 1], ends[place])
+            if group.start < group.stop:
+                images[group] = change(images[group], factors[group])
+    images = _sample_some(images, matrices, moved)
+    return images.index_select(0, numbers.argsort().to(device, non_blocking=True))
 
 
 def _colour_operations(strength: float) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
@@ -489,7 +494,7 @@ def _random_sizes(
     """Heights and widths (each [n], not rounded) of boxes that fit into an image.
 
     The area, as a share of the image's, is uniform, and so is the logarithm of the aspect ratio. The first of
-    ten draws that fits counts, and the tenth part of a thousandth that finds none is cut to the image.
+    ten draws that fits counts; where none does, the first one is cut to the image.
     """
     height, width = size
     shares, logarithms = torch.rand(2, 10, count, generator=generator)

@@ -1,10 +1,9 @@
 """Mixup and CutMix: each image of a batch is mixed with another one, and so is its target.
 
-Sources: Mixup (Zhang et al. 2017, arXiv:1710.09412), CutMix (Yun et al. 2019, arXiv:1905.04899), label
-smoothing (Szegedy et al. 2015, arXiv:1512.00567) with the values of timm and DeiT. What differs: the papers'
-code draws one lambda a batch and a random permutation; here each image has a lambda of its own (timm's mode
-"elem"), and its partner is the image before it, which the loader's shuffling makes a random one, and never
-the image itself.
+Sources: Mixup (Zhang et al. 2017, arXiv:1710.09412), CutMix (Yun et al. 2019, arXiv:1905.04899). What
+differs: the papers' code draws one lambda a batch and a random permutation; here each image has a lambda of its
+own (timm's mode "elem"), and its partner is the image before it, which the loader's shuffling makes a random one,
+and never the image itself. Label smoothing is the loss's: smoothing the mixture is mixing the smoothed.
 
 Shapes: B images, C channels, H height, W width, K classes.
 """
@@ -26,13 +25,11 @@ class Mix:
         section: `mixup` and `cutmix` are the alphas, 0 for off; `mix_probability` is the share of the batches
             that are mixed at all.
         num_classes: Number of classes, K.
-        label_smoothing: Share of each target that is spread over all classes.
     """
 
-    def __init__(self, section: AugmentSection, num_classes: int, label_smoothing: float) -> None:
+    def __init__(self, section: AugmentSection, num_classes: int) -> None:
         self.section = section
         self.num_classes = num_classes
-        self.label_smoothing = label_smoothing
         self._kinds = [
             (mix, alpha) for mix, alpha in ((mixup, section.mixup), (cutmix, section.cutmix)) if alpha
         ]
@@ -48,7 +45,7 @@ class Mix:
         Returns:
             Images [B, C, H, W], and targets float32 [B, K] whose rows sum to 1.
         """
-        targets = soft_targets(labels, self.num_classes, self.label_smoothing)
+        targets = one_hot(labels, self.num_classes)
         chance, which = torch.rand(2, generator=generator).tolist()
         if not self._kinds or chance >= self.section.mix_probability:
             return images, targets
@@ -56,20 +53,9 @@ class Mix:
         return mix(images, targets, alpha, generator)
 
 
-def soft_targets(labels: Tensor, num_classes: int, label_smoothing: float = 0.0) -> Tensor:
-    """Targets with label smoothing: smoothing / K everywhere, and 1 - smoothing more at the label.
-
-    Args:
-        labels: int64 [B].
-        num_classes: K.
-        label_smoothing: 0 to 1.
-
-    Returns:
-        float32 [B, K], rows sum to 1.
-    """
-    rest = label_smoothing / num_classes
-    targets = torch.full((len(labels), num_classes), rest, device=labels.device)
-    return targets.scatter_(1, labels[:, None], 1 - label_smoothing + rest)
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels int64 [B] -> float32 [B, K], one at the label and zero elsewhere."""
+    return torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -97,14 +97,16 @@ def prepare(config: RunConfig) -> Run:
         in_chans=options.pop("in_chans", splits.train.in_chans),
         **options,
     )
-    if model.config.num_classes != len(splits.train.classes):
-        raise ValueError(
-            f"model.num_classes {model.config.num_classes} does not fit {data.name}, "
-            f"which has {len(splits.train.classes)} classes; leave it out"
-        )
+    config_of = model.config
+    for option, own, needed in (
+        ("num_classes", config_of.num_classes, len(splits.train.classes)),
+        ("in_chans", config_of.in_chans, splits.train.in_chans),
+    ):
+        if own != needed:
+            raise ValueError(f"model.{option} {own} does not fit {data.name}, which has {needed}; leave it out")
     preprocessing = Preprocessing(
-        img_size=model.config.image_shape,
-        in_chans=model.config.in_chans,
+        img_size=config_of.image_shape,
+        in_chans=config_of.in_chans,
         mean=splits.train.mean,
         std=splits.train.std,
     )
@@ -150,7 +152,10 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
     _claim(folder, config)
     run = prepare(config)
     began, cpu_began = time.time(), _cpu_seconds()
-    config.save(folder / "config.yaml")
+    # Where the run lies is part of it; whether it was resumed or replaced another one is not.
+    again = {"output": folder, "resume": False, "overwrite": False}
+    stored = config.model_copy(update={"train": config.train.model_copy(update=again)})
+    (folder / "config.yaml").write_text(stored.to_yaml())
     section, splits, plan = config.train, run.splits, run.plan
     device = run.accelerator.device
     average = average_of(run.task.trained(), section.ema) if section.ema else None
@@ -223,6 +228,50 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run would cost, before it is started."""
+
+    parameters: int
+    macs_per_image: int
+    steps: int
+    steps_per_epoch: int
+    seconds_per_epoch: float
+    """Measured over a few steps on this machine, at the size the run ends with."""
+
+
+def estimate(config: RunConfig, timed_steps: int = 5) -> Estimate:
+    """Build a run and time a few of its steps; nothing is written.
+
+    Raises:
+        ValueError: As `train` would.
+    """
+    run = prepare(config)
+    optimizer = build_optimizer(run.task, _without_decay(run), config.optim)
+    run.task.train()
+    began = time.perf_counter()
+    last = run.plan.total
+    warmup = 2
+    for count, batch in enumerate(training_batches(run, max(0, last - timed_steps - warmup))):
+        if count == warmup:
+            began = time.perf_counter()
+        with run.accelerator.autocast():
+            loss = run.task(batch, count)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss.detach())  # wait for the device
+    timed = max(min(last, timed_steps + warmup) - warmup, 1)
+    model = run.model
+    return Estimate(
+        parameters=count_parameters(model),
+        macs_per_image=count_macs(model, (model.config.in_chans, *model.config.image_shape)),
+        steps=run.plan.total,
+        steps_per_epoch=run.plan.steps_per_epoch,
+        seconds_per_epoch=(time.perf_counter() - began) / timed * run.plan.steps_per_epoch,
+    )
+
+
 def evaluate_and_write(
     folder: Path,
     model: Encoder,
@@ -249,7 +298,7 @@ def training_batches(run: Run, start: int) -> Iterator[Batch]:
     middle gets the batches that would have come.
     """
     config, section, device = run.config, run.config.train, run.accelerator.device
-    augment, mix = Augment(config.augment), Mix(config.augment, len(run.splits.train.classes), 0.0)
+    augment, mix = Augment(config.augment), Mix(config.augment, len(run.splits.train.classes))
     sizes = {"batch_size": section.batch_size, "steps_per_epoch": run.plan.steps_per_epoch}
     stop_at = steps(config.augment.stop_at, total=run.plan.total, **sizes)
     progressive = sorted(

@@ -1,0 +1,5 @@
+"""`python -m vitrail`, and with it `torchrun -m vitrail`."""
+
+from vitrail.cli import main
+
+main()

@@ -1,0 +1,338 @@
+"""The command line: parses, calls one function of the library, prints.
+
+Only the standard library is imported before a verb runs, so that help and typing errors answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from vitrail.config import RunConfig
+
+_SHORT = {
+    "model": "model.name",
+    "dataset": "data.name",
+    "epochs": "train.duration",
+    "batch_size": "train.batch_size",
+    "learning_rate": "optim.lr",
+    "seed": "train.seed",
+    "output": "train.output",
+    "resume": "train.resume",
+    "overwrite": "train.overwrite",
+}
+
+_TRAIN_HELP = """\
+usage: vitrail train [RECIPE] [--section.key VALUE]... [--dry-run]
+
+Train a model, test it, and write a run folder with its report.
+
+RECIPE is a name that `vitrail recipes` lists, or a YAML file such as runs/<name>/config.yaml, which repeats
+that run. Every value of a recipe can be changed on the command line:
+
+  vitrail train mnist-vit
+  vitrail train mnist-vit --optim.lr 1e-3 --train.duration "5 epochs"
+  vitrail train --model vit_cifar --dataset cifar10 --epochs 10
+  vitrail train cifar10-vit --resume            go on where the run was interrupted
+
+  --dry-run        print the resolved config, parameters, MACs and estimated time; train nothing
+  --debug          show the traceback of an error
+
+short forms: {short}
+
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; leaves with exit code 2 and one line on an error of the user's."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        _run([word for word in words if word != "--debug"])
+    except BrokenPipeError:
+        # Whoever read the output has gone (as in `vitrail models | head`): nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        _fail("interrupted; a training run goes on from its last checkpoint with --resume", code=130)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        _fail(" ".join(str(error).split()))
+
+
+def _run(words: list[str]) -> None:
+    parser = _Parser(
+        prog="vitrail",
+        description="Build, train, measure and look inside Vision Transformers.",
+        epilog="`vitrail VERB --help` tells more. First steps: vitrail train digits-vit",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    train = verbs.add_parser("train", help="train a model, test it, write its report", add_help=False)
+    train.set_defaults(act=_train)
+
+    evaluate = verbs.add_parser("evaluate", help="test a trained model on a data set")
+    evaluate.add_argument("run", metavar="RUN", help="run folder or model folder")
+    evaluate.add_argument("--dataset", help="data set to test on; the run's own when not given")
+    evaluate.add_argument("--root", type=Path, help="folder with data sets; else VITRAIL_DATA")
+    evaluate.add_argument("--batch-size", "--batch_size", type=int, default=500, help="images at a time")
+    evaluate.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    evaluate.set_defaults(act=_evaluate)
+
+    predict = verbs.add_parser("predict", help="classify image files")
+    predict.add_argument("run", metavar="RUN", help="run folder or model folder")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
+    predict.add_argument("--top", type=int, default=3, help="how many classes to name (default 3)")
+    predict.add_argument("--json", action="store_true", help="print JSON, one object an image")
+    predict.set_defaults(act=_predict)
+
+    report = verbs.add_parser("report", help="write a run's report again")
+    report.add_argument("run", metavar="RUN", help="run folder")
+    report.set_defaults(act=_report)
+
+    models = verbs.add_parser("models", help="list the models")
+    models.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, e.g. 'vit_*_224'")
+    models.set_defaults(act=_models)
+
+    recipes = verbs.add_parser("recipes", help="list the recipes")
+    recipes.set_defaults(act=_recipes)
+
+    if words[:1] == ["train"]:
+        _train(words[1:])
+        return
+    options = parser.parse_args(words)
+    options.act(options)
+
+
+def _train(words: list[str]) -> None:
+    from vitrail.config import load_config
+
+    recipe = words[0] if words and not words[0].startswith("-") else None
+    flags = words[1:] if recipe else words
+    if {"-h", "--help"} & set(flags):
+        _print_train_help(load_config(recipe))
+        return
+    dry_run = "--dry-run" in flags or "--dry_run" in flags
+    overrides = parse_overrides([flag for flag in flags if flag not in {"--dry-run", "--dry_run"}])
+    config = load_config(recipe, overrides)
+    folder = config.train.output or Path("runs") / (Path(recipe).stem if recipe else config.model.name)
+    if dry_run:
+        _dry_run(config)
+        return
+    from vitrail.reporting import write_report
+    from vitrail.training import train
+
+    command = " ".join(["vitrail train", *(_quoted(word) for word in words)])
+    result = train(config, folder, command=command)
+    report = write_report(
+        folder, model=result.model, preprocessing=result.preprocessing, test=result.test
+    )
+    low, high = result.metrics.accuracy_interval
+    print(
+        f"test accuracy {100 * result.metrics.accuracy:.2f} % "
+        f"(95 % interval {100 * low:.2f} to {100 * high:.2f}, {result.metrics.count} images)"
+    )
+    print(f"report {report}")
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, str]:
+    """`--section.key value`, `--section.key=value` and the short forms -> dotted key to text.
+
+    Raises:
+        ValueError: A word where a flag was expected, or a flag without a value.
+    """
+    found: dict[str, str] = {}
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if not word.startswith("--"):
+            raise ValueError(f"expected --section.key VALUE, got {word!r}")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            following = words[position + 1] if position + 1 < len(words) else None
+            if following is not None and not following.startswith("--"):
+                value, position = following, position + 1
+            elif name.rpartition(".")[2] in {"resume", "overwrite", "flip", "compile"}:
+                value = "true"
+            else:
+                raise ValueError(f"--{name} needs a value")
+        key = name.replace("-", "_")
+        if key == "epochs":
+            value = f"{value} epochs"
+        found[_SHORT.get(key, key)] = value
+        position += 1
+    return found
+
+
+def _dry_run(config: RunConfig) -> None:
+    from vitrail.training import estimate
+
+    print(config.to_yaml())
+    cost = estimate(config)
+    epochs = cost.steps / cost.steps_per_epoch
+    minutes = cost.seconds_per_epoch * epochs / 60
+    print(f"parameters        {cost.parameters:,}")
+    print(f"MACs an image     {cost.macs_per_image:,}")
+    print(f"steps             {cost.steps:,} ({epochs:.1f} epochs of {cost.steps_per_epoch:,})")
+    print(f"estimated time    {cost.seconds_per_epoch:.1f} s an epoch, {minutes:.1f} min in all, on this machine")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import torch
+
+    from vitrail.config import load_config
+    from vitrail.datasets import Preprocessing, load_dataset
+    from vitrail.pretrained import load_model
+    from vitrail.training import evaluate_and_write
+
+    folder = Path(options.run)
+    stored = load_model(folder)
+    recipe = folder / "config.yaml"
+    data = load_config(recipe).data if recipe.is_file() else None
+    if options.dataset is None and data is None:
+        raise ValueError(f"{folder} is a model folder, which names no data set: give one with --dataset")
+    name = options.dataset or (data.name if data is not None else "")
+    test = load_dataset(name, root=options.root or (data.root if data is not None else None)).test
+    if test.classes != stored.classes:
+        raise ValueError(
+            f"the model's classes ({len(stored.classes)}: {', '.join(stored.classes[:3])}, ...) are not those "
+            f"of {name} ({len(test.classes)}: {', '.join(test.classes[:3])}, ...)"
+        )
+    metrics = evaluate_and_write(
+        folder,
+        stored.model,
+        Preprocessing.from_dict(stored.preprocessing),
+        test,
+        batch_size=options.batch_size,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    if options.json:
+        print(json.dumps(metrics.to_dict(), indent=2))
+        return
+    low, high = metrics.accuracy_interval
+    print(f"{name} test, {metrics.count} images")
+    print(f"accuracy {100 * metrics.accuracy:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f})")
+    if metrics.top5 is not None:
+        print(f"top-5 accuracy {100 * metrics.top5:.2f} %")
+    print(f"loss {metrics.loss:.4f}  calibration error {100 * metrics.calibration_error:.2f} %")
+    width = max(len(score.name) for score in metrics.per_class)
+    print(f"{'class':<{width}}  images  precision  recall     F1")
+    for score in metrics.per_class:
+        print(
+            f"{score.name:<{width}}  {score.count:6d}  {score.precision:9.3f}  {score.recall:6.3f}  {score.f1:5.3f}"
+        )
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from vitrail.serving import Predictor
+
+    predictions = Predictor.from_folder(options.run).predict(options.images, top=options.top)
+    for found in predictions:
+        named = list(zip(found.classes, found.probabilities, strict=True))
+        if options.json:
+            print(
+                json.dumps(
+                    {
+                        "image": found.source,
+                        "predictions": [{"class": name, "confidence": share} for name, share in named],
+                    }
+                )
+            )
+        else:
+            print(f"{found.source}  " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in named))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from vitrail.config import load_config
+    from vitrail.datasets import Preprocessing, load_dataset
+    from vitrail.pretrained import load_model
+    from vitrail.reporting import write_report
+
+    folder = Path(options.run)
+    stored = load_model(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is not a run folder (no config.yaml)")
+    data = load_config(folder / "config.yaml").data
+    report = write_report(
+        folder,
+        model=stored.model,
+        preprocessing=Preprocessing.from_dict(stored.preprocessing),
+        test=load_dataset(data.name, root=data.root).test,
+    )
+    print(f"report {report}")
+
+
+def _models(options: argparse.Namespace) -> None:
+    import torch
+
+    from vitrail.evaluation.cost import count_macs, count_parameters
+    from vitrail.models import build_model, list_models
+
+    names = list_models(options.pattern)
+    if not names:
+        raise ValueError(f"no model matches {options.pattern!r}; `vitrail models` lists all")
+    print(f"{'model':<28}{'parameters':>14}{'GMACs':>10}{'image':>12}")
+    for name in names:
+        with torch.device("meta"):
+            model = build_model(name)
+        config = model.config
+        height, width = config.image_shape
+        macs = count_macs(model, (config.in_chans, height, width))
+        size = f"{config.in_chans}x{height}x{width}"
+        print(f"{name:<28}{count_parameters(model):>14,}{macs / 1e9:>10.3f}{size:>12}")
+
+
+def _recipes(_options: argparse.Namespace) -> None:
+    from vitrail.config import list_recipes
+
+    recipes = list_recipes()
+    width = max(len(name) for name in recipes)
+    for name, about in recipes.items():
+        print(f"{name:<{width}}  {about}")
+
+
+def _print_train_help(config: RunConfig) -> None:
+    short = ", ".join(f"--{name}" for name in _SHORT)
+    print(_TRAIN_HELP.format(short=short), end="")
+    for section_name, field in type(config).model_fields.items():
+        section = getattr(config, section_name)
+        print(f"{section_name}: {(type(section).__doc__ or '').strip()}")
+        for name, inner in type(section).model_fields.items():
+            value = getattr(section, name)
+            shown = "" if value is None or value == {} else f" [{value}]"
+            print(f"  --{section_name}.{name}{shown}\n      {inner.description}")
+        for name, value in (section.model_extra or {}).items():
+            print(f"  --{section_name}.{name} [{value}]")
+        del field
+        print()
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, with the nearest verb where one was mistyped."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            import difflib
+
+            near = difflib.get_close_matches(str(value), list(action.choices), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(action.choices)}"
+            raise ValueError(f"unknown verb {value!r}: {hint}")
+
+
+def _quoted(word: str) -> str:
+    import shlex
+
+    return shlex.quote(word)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    print(f"vitrail: {message}", file=sys.stderr)
+    raise SystemExit(code)

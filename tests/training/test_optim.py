@@ -1,0 +1,75 @@
+"""Parameter groups and the learning rate at every step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vitrail.config import OptimSection
+from vitrail.models import build_model
+from vitrail.training.optim import build_optimizer, gradient_norms, learning_rate, parameter_groups
+
+
+def _rates(total: int = 100, **changes: object) -> list[float]:
+    section = OptimSection(lr=1.0, warmup="10 steps", **changes)
+    at = learning_rate(section, total, steps_per_epoch=20, batch_size=8)
+    return [at(step) for step in range(total)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "rsqrt", "wsd"])
+def test_warmup_is_linear_and_reaches_the_peak(schedule: str) -> None:
+    rates = _rates(schedule=schedule)
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(rates) == pytest.approx(1.0)
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_shapes_follow_their_formulas() -> None:
+    cosine = _rates(schedule="cosine", final_lr=0.1)
+    assert cosine[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert cosine[-1] == pytest.approx(0.1, abs=1e-3)
+    assert _rates(schedule="linear")[55] == pytest.approx(0.5)
+    assert set(_rates(schedule="constant")[10:]) == {1.0}
+    assert _rates(schedule="rsqrt")[39] == pytest.approx(0.5)
+    wsd = _rates(schedule="wsd")
+    assert set(wsd[10:82]) == {1.0}
+    assert wsd[-1] < 0.06
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    at = learning_rate(OptimSection(lr=0.5, warmup="0%"), 10, steps_per_epoch=5, batch_size=1)
+    assert at(0) == 0.5
+
+
+def test_only_matrices_decay() -> None:
+    model = build_model("vit_mnist_2blk", layer_scale=0.1, registers=1)
+    decayed, plain = parameter_groups(model, model.no_weight_decay(), 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in decayed["params"]} == {"weight"}
+    assert all("norm" not in names[id(p)] for p in decayed["params"])
+    kept = {names[id(p)] for p in plain["params"]}
+    assert {"cls_token", "reg_token", "pos_embed", "norm.weight", "blocks.0.ls1.gamma", "head.bias"} <= kept
+    assert decayed["weight_decay"] == 0.05
+    assert plain["weight_decay"] == 0.0
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = build_model("vit_mnist_2blk")
+    model.patch_embed.requires_grad_(False)
+    optimizer = build_optimizer(model, set(), OptimSection())
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert not held & {id(p) for p in model.patch_embed.parameters()}
+
+
+def test_gradient_norms_are_those_of_the_layers() -> None:
+    model = build_model("vit_mnist_2blk")
+    model(torch.randn(2, 1, 28, 28)).square().sum().backward()
+    norms = gradient_norms(model)
+    assert list(norms) == ["cls_token", "pos_embed", "patch_embed", "blocks.0", "blocks.1", "norm", "head"]
+    expected = sum(p.grad.square().sum() for p in model.blocks[1].parameters()).sqrt()
+    torch.testing.assert_close(norms["blocks.1"], expected)
+    total = sum(norm.square() for norm in norms.values()).sqrt()
+    torch.testing.assert_close(total, torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))

@@ -1,0 +1,219 @@
+"""Whole runs on the embedded digits: they learn, repeat, resume exactly, and leave what they promise."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vitrail.config import RunConfig, list_recipes, load_config
+from vitrail.training import estimate, prepare, train
+from vitrail.training import loop as training_loop
+from vitrail.training.run import training_batches
+
+TINY = {
+    "model.depth": 1,
+    "model.embed_dim": 16,
+    "model.num_heads": 2,
+    "train.duration": "3 epochs",
+    "train.batch_size": 256,
+    "train.log_every": "2 steps",
+    "train.eval_every": "1 epoch",
+    "train.save_every": "4 steps",
+    "train.device": "cpu",
+}
+
+
+def _config(**changes: object) -> RunConfig:
+    return load_config("digits-vit", TINY | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def _same(a: Path, b: Path) -> bool:
+    first, second = _weights(a), _weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train(_config(), folder, command="test")
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "manifest.json", "checkpoints/last.pt", "model/config.json",
+        "model/model.safetensors", "evaluation/digits-test.json", "evaluation/digits-test.npz",
+        "evaluation/digits-test.csv",
+    }  # fmt: skip
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    train_records = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in train_records] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert [record["step"] for record in records if record["kind"] == "val"] == [5, 10, 15]
+    assert all(math.isfinite(record["loss"]) and record["images_per_second"] > 0 for record in train_records)
+    assert train_records[-1]["grad_norms"]["blocks.0"] > 0
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["images_seen"] == 15 * 256
+    assert manifest["training_petaflop"] == pytest.approx(6 * manifest["macs_per_image"] * 15 * 256 / 1e15)
+    assert manifest["versions"]["torch"]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(finished: Path, tmp_path: Path) -> None:
+    train(load_config(finished / "config.yaml", {"train.output": str(tmp_path / "a")}), tmp_path / "a", command="")
+    assert _same(finished, tmp_path / "a")
+    train(_config(train__seed=1), tmp_path / "b", command="")
+    assert not _same(finished, tmp_path / "b")
+
+
+ALL_ON = {
+    "train__ema": 0.9,
+    "model__drop": 0.1,
+    "model__drop_path": 0.2,
+    "augment__mixup": 0.2,
+    "augment__cutmix": 1.0,
+    "augment__erase": 0.3,
+    "augment__randaugment": 1,
+    "augment__crop": 1,
+}
+
+
+@pytest.mark.parametrize("stop_after", [4, 8, 12])
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(_config(**ALL_ON), tmp_path / "whole", command="")
+
+    save = training_loop.save_checkpoint
+
+    def save_then_stop(path: Path, state: dict) -> None:
+        save(path, state)
+        if state["step"] == stop_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop, "save_checkpoint", save_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(_config(**ALL_ON), tmp_path / "cut", command="")
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as log:
+        log.write('{"kind": "train", "step": 99, "loss": 1}\n{"kind": "tra')  # what a killed run leaves
+    train(_config(**ALL_ON, train__resume=True), tmp_path / "cut", command="")
+    assert _same(tmp_path / "whole", tmp_path / "cut")
+
+    def losses(folder: Path) -> list[tuple]:
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(record["kind"], record["step"], record["loss"]) for record in records]
+
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_resuming_needs_a_checkpoint_that_fits(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint .* to resume from"):
+        train(_config(train__resume=True), tmp_path / "none", command="")
+    with pytest.raises(ValueError, match="belongs to another model"):
+        train(_config(train__resume=True, model__depth=2), finished, command="")
+    (tmp_path / "bad" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "bad" / "checkpoints" / "last.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(ValueError, match="cannot be read"):
+        train(_config(train__resume=True), tmp_path / "bad", command="")
+
+
+def test_a_full_folder_is_not_touched(finished: Path, tmp_path: Path) -> None:
+    before = _weights(finished)
+    with pytest.raises(ValueError, match="not empty: go on with --train.resume"):
+        train(_config(), finished, command="")
+    assert all(torch.equal(before[key], value) for key, value in _weights(finished).items())
+    other = tmp_path / "letters"
+    other.mkdir()
+    (other / "dear.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="not a run folder"):
+        train(_config(train__overwrite=True), other, command="")
+    assert (other / "dear.txt").read_text() == "keep me"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    config = _config(optim__lr=1e30, optim__clip_norm=0, train__save_every="1 step", train__log_every="1 step")
+    with pytest.raises(ValueError, match=r"the loss became (nan|inf) before step \d+"):
+        train(config, tmp_path / "run", command="")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    assert state["step"] >= 1
+
+
+def test_clipping_bounds_the_gradient(tmp_path: Path) -> None:
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *args: object) -> object:
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        seen.append(torch.nn.utils.get_total_norm(grads).item())
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", watched)
+        train(_config(optim__clip_norm=0.05), tmp_path / "run", command="")
+    assert len(seen) == 15
+    assert max(seen) <= 0.05 + 1e-4
+
+
+def test_batches_start_anywhere_and_resize_progressively() -> None:
+    run = prepare(_config(train__progressive={"0%": 4, "50%": 8}, augment__mixup=0.5, **{"augment__stop_at": "80%"}))
+    whole = list(training_batches(run, 0))
+    assert len(whole) == 15
+    assert [batch["images"].shape[-1] for batch in whole] == [4] * 8 + [8] * 7
+    assert [batch["targets"].ndim for batch in whole] == [2] * 12 + [1] * 3
+    for late, early in zip(training_batches(run, 7), whole[7:], strict=True):
+        assert torch.equal(late["images"], early["images"])
+        assert torch.equal(late["targets"], early["targets"])
+
+
+def test_the_moving_average_is_the_formula() -> None:
+    model = torch.nn.Linear(2, 1)
+    average = training_loop.average_of(model, 0.9)
+    expected = None
+    for n in range(30):
+        with torch.no_grad():
+            model.weight.normal_()
+        average.update_parameters(model)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = model.weight.clone() if n == 0 else decay * expected + (1 - decay) * model.weight
+    torch.testing.assert_close(average.module.weight, expected)
+
+
+@pytest.mark.parametrize("name", sorted(list_recipes()))
+def test_every_recipe_builds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(name)
+    try:
+        cost = estimate(config, timed_steps=1)
+    except ValueError as error:
+        if "VITRAIL_DATA" in str(error):
+            pytest.skip(f"{config.data.name} is not at hand")
+        raise
+    assert cost.parameters < 2_000_000
+    assert cost.seconds_per_epoch > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__name": "vit_digit"}, "unknown model 'vit_digit': did you mean vit_digits"),
+        ({"data__name": "minst"}, "minst.*mnist"),
+        ({"task__name": "clasify"}, "unknown task 'clasify': did you mean classify"),
+        ({"task__smoothing": 0.1}, "task classify has no option 'smoothing': did you mean label_smoothing"),
+        ({"task__label_smoothing": 2.0}, "label_smoothing must lie in"),
+        ({"model__num_classes": 3}, "num_classes 3 does not fit digits, which has 10"),
+        ({"model__in_chans": 3}, "model.in_chans 3 does not fit digits, which has 1"),
+        ({"train__precision": "fp16"}, "fp16 needs a GPU"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        train(_config(**changes), tmp_path / "run", command="")
+    assert "\n" not in str(error.value)
