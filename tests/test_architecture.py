@@ -14,16 +14,17 @@ SOURCE = Path(__file__).parent.parent / "src" / "vitrail"
 # docs/architecture.md, section 1: what a part may import of the others.
 MAY_IMPORT = {
     "config": set(),
+    "files": set(),
     "torchvision_ops": set(),
     "components": set(),
     "models": {"components"},
-    "pretrained": {"models"},
+    "pretrained": {"models", "files"},
     "datasets": {"config"},
     "tasks": {"components", "models.encoder", "config"},
-    "training": {"models", "tasks", "datasets", "pretrained", "evaluation", "config"},
-    "evaluation": {"models.encoder", "datasets", "components", "torchvision_ops"},
+    "training": {"models", "tasks", "datasets", "pretrained", "evaluation", "config", "files"},
+    "evaluation": {"models.encoder", "datasets", "components", "files", "torchvision_ops"},
     "explain": {"components.tap", "models.encoder"},
-    "reporting": {"explain", "evaluation", "datasets", "models.encoder", "config"},
+    "reporting": {"explain", "evaluation", "datasets", "models.encoder", "config", "files"},
     "serving": {"models", "pretrained", "datasets", "explain"},
 }
 FREE = {"cli", "__init__", "__main__"}

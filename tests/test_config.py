@@ -40,7 +40,8 @@ def test_dotted_keys_are_typed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("3e-4", 3e-4), ("1E5", 1e5), ("5", 5), ("true", True), ("5 epochs", "5 epochs"), ("a: [", "a: [")]
+    ("text", "value"),
+    [("3e-4", 3e-4), ("1E5", 1e5), ("5", 5), ("true", True), ("5 epochs", "5 epochs"), ("a: [", "a: [")],
 )  # fmt: skip
 def test_values_are_read_as_people_mean_them(text: str, value: object) -> None:
     assert parse_value(text) == value
@@ -81,8 +82,8 @@ def test_unknown_recipe_and_damaged_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("duration", "expected"),
-    [("5 epochs", 500), ("1 epoch", 100), ("500 steps", 500), ("10%", 30), ("12800 images", 100), ("1k steps", 1000),
-     ("0.128M images", 1000), ("0.5 epochs", 50)],
+    [("5 epochs", 500), ("1 epoch", 100), ("500 steps", 500), ("10%", 30), ("12800 images", 100),
+     ("1k steps", 1000), ("0.128M images", 1000), ("0.5 epochs", 50)],
 )  # fmt: skip
 def test_durations_become_steps(duration: str, expected: int) -> None:
     assert steps(duration, batch_size=128, steps_per_epoch=100, total=300) == expected

@@ -129,9 +129,7 @@ def _train(words: list[str]) -> None:
 
     command = " ".join(["vitrail train", *(_quoted(word) for word in words)])
     result = train(config, folder, command=command)
-    report = write_report(
-        folder, model=result.model, preprocessing=result.preprocessing, test=result.test
-    )
+    report = write_report(folder, model=result.model, preprocessing=result.preprocessing, test=result.test)
     low, high = result.metrics.accuracy_interval
     print(
         f"test accuracy {100 * result.metrics.accuracy:.2f} % "
@@ -179,7 +177,7 @@ def _dry_run(config: RunConfig) -> None:
     print(f"parameters        {cost.parameters:,}")
     print(f"MACs an image     {cost.macs_per_image:,}")
     print(f"steps             {cost.steps:,} ({epochs:.1f} epochs of {cost.steps_per_epoch:,})")
-    print(f"estimated time    {cost.seconds_per_epoch:.1f} s an epoch, {minutes:.1f} min in all, on this machine")
+    print(f"estimated time    {cost.seconds_per_epoch:.1f} s an epoch, {minutes:.1f} min in all, here")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -200,8 +198,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     test = load_dataset(name, root=options.root or (data.root if data is not None else None)).test
     if test.classes != stored.classes:
         raise ValueError(
-            f"the model's classes ({len(stored.classes)}: {', '.join(stored.classes[:3])}, ...) are not those "
-            f"of {name} ({len(test.classes)}: {', '.join(test.classes[:3])}, ...)"
+            f"the model's {len(stored.classes)} classes ({', '.join(stored.classes[:3])}, ...) are not the "
+            f"{len(test.classes)} of {name} ({', '.join(test.classes[:3])}, ...)"
         )
     metrics = evaluate_and_write(
         folder,
@@ -223,9 +221,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     width = max(len(score.name) for score in metrics.per_class)
     print(f"{'class':<{width}}  images  precision  recall     F1")
     for score in metrics.per_class:
-        print(
-            f"{score.name:<{width}}  {score.count:6d}  {score.precision:9.3f}  {score.recall:6.3f}  {score.f1:5.3f}"
-        )
+        numbers = f"{score.count:6d}  {score.precision:9.3f}  {score.recall:6.3f}  {score.f1:5.3f}"
+        print(f"{score.name:<{width}}  {numbers}")
 
 
 def _predict(options: argparse.Namespace) -> None:

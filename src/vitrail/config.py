@@ -24,7 +24,7 @@ _DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kM]?)\s*(epochs?|steps?|image
 def _duration(text: Any) -> str:
     if not isinstance(text, str) or not _DURATION.match(text):
         raise ValueError(
-            f"expected a number with a unit, such as '5 epochs', '500 steps', '1M images' or '10%', got {text!r}"
+            f"expected a number with a unit ('5 epochs', '500 steps', '1M images', '10%'), got {text!r}"
         )
     return text
 
@@ -75,10 +75,10 @@ class DataSection(_Section):
     name: str = "digits"
     """digits, mnist, fashion_mnist, cifar10 or cifar100."""
     root: Path | None = None
-    """Folder with data sets in the hubs' layouts; else the environment variable VITRAIL_DATA, then the cache."""
+    """Folder with data sets in the hubs' layouts; else VITRAIL_DATA, then the cache, then the hub."""
     val_fraction: FractionBelowOne = 0.1
     """Share of the training images held out, stratified by class, where the set has no validation split."""
-    split_seed: int = 0
+    split_seed: Annotated[int, Field(ge=0)] = 0
     """Seed of that split: independent of `train.seed`, so that runs with different seeds share it."""
     train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the remaining training images to use, stratified by class."""
@@ -92,7 +92,7 @@ class AugmentSection(_Section):
     crop: Annotated[int, Field(ge=0)] = 0
     """Random crop after padding every side with this many pixels (zeros)."""
     resized_crop: FractionBelowOne = 0.0
-    """Random resized crop: smallest share of the area to keep, e.g. 0.08 (Inception crop); aspect 3/4 to 4/3."""
+    """Random resized crop: smallest share of the area to keep, e.g. 0.08; aspect 3/4 to 4/3."""
     rotate: NotNegative = 0.0
     """Random rotation by up to this many degrees."""
     translate: FractionBelowOne = 0.0
@@ -157,7 +157,7 @@ class TrainSection(_Section):
     """Image size from a point on, e.g. {"0%": 20, "60%": 28} (progressive resizing)."""
     compile: bool = False
     """Compile the task with torch.compile (needs a C++ compiler on a CPU)."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the weights, the order of the images and the augmentation."""
     log_every: Duration = "50 steps"
     """How often loss, learning rate and gradient norms are written."""

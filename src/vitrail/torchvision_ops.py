@@ -58,5 +58,4 @@ if not hasattr(torch.ops.torchvision, "nms") and not _compiled_operators_load():
     _schemas.impl("nms", _nms, "CompositeExplicitAutograd")
     # torchvision refuses nms when its library is absent, whether or not the operator exists. Only this
     # check is lifted: roi_align asks the same question to choose its own Python version.
-    boxes = importlib.import_module("torchvision.ops.boxes")
-    boxes._assert_has_ops = lambda: None
+    setattr(importlib.import_module("torchvision.ops.boxes"), "_assert_has_ops", lambda: None)  # noqa: B010

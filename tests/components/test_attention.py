@@ -27,7 +27,9 @@ def _qkv(queries: int = 5, keys: int = 7) -> tuple[torch.Tensor, torch.Tensor, t
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_attend_equals_the_definition(weights: Tap, with_bias: bool) -> None:
     q, k, v = _qkv()
-    bias = torch.randn(1, 3, 5, 7).masked_fill(torch.rand(1, 3, 5, 7) < 0.3, -torch.inf) if with_bias else None
+    bias = (
+        torch.randn(1, 3, 5, 7).masked_fill(torch.rand(1, 3, 5, 7) < 0.3, -torch.inf) if with_bias else None
+    )
     expected = torch.empty(2, 3, 5, 8)
     for b in range(2):
         for h in range(3):

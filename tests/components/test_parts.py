@@ -29,6 +29,7 @@ from vitrail.components.position import (
     resample_table,
     rotate,
     sincos,
+    sincos_frequencies,
 )
 from vitrail.components.residual import DropPath, LayerScale, drop_path_rates
 
@@ -82,7 +83,10 @@ def test_manual_patching_equals_the_convolution() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    height=st.integers(1, 40), width=st.integers(1, 40), patch=st.sampled_from([2, 4, 8]), chans=st.integers(1, 4)
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    patch=st.sampled_from([2, 4, 8]),
+    chans=st.integers(1, 4),
 )
 def test_every_embedding_takes_every_size(height: int, width: int, patch: int, chans: int) -> None:
     for kind in PATCH_EMBEDDINGS.values():
@@ -107,21 +111,23 @@ def test_stem_refuses_sizes_that_are_no_power_of_two() -> None:
 
 
 def test_wrong_channels_are_named() -> None:
-    with pytest.raises(ValueError, match=r"expected images \[B, 3, H, W\], got \[2, 1, 8, 8\].*in_chans=1"):
+    with pytest.raises(ValueError, match=r"expected images \[B, 3, H, W\], got \[2, 1, 8, 8\].*another in_chans"):
         ConvPatchEmbedding(4, 3, 8)(torch.zeros(2, 1, 8, 8))
 
 
 def test_sincos_follows_the_formula() -> None:
-    table = sincos(torch.arange(6).float(), 8)
+    table = sincos(torch.arange(6), sincos_frequencies(8))
     for position in range(6):
         for i in range(4):
             angle = position / 10_000 ** (i / 4)
             assert table[position, i] == pytest.approx(math.sin(angle), abs=1e-6)
             assert table[position, 4 + i] == pytest.approx(math.cos(angle), abs=1e-6)
     assert torch.equal(SinCosPosition1d(8)((2, 3))[0], table)
-    both = SinCosPosition2d(16)((2, 3))[0]
-    assert torch.equal(both[4, :8], sincos(torch.tensor([1.0]), 8)[0])  # patch 4 is row 1, column 1
-    assert torch.equal(both[5], torch.cat([sincos(torch.tensor([2.0]), 8)[0], sincos(torch.tensor([1.0]), 8)[0]]))
+    both, half = SinCosPosition2d(16)((2, 3))[0], sincos_frequencies(8)
+    assert torch.equal(both[4, :8], sincos(torch.tensor([1.0]), half)[0])  # patch 4 is row 1, column 1
+    assert torch.equal(
+        both[5], torch.cat([sincos(torch.tensor([2.0]), half)[0], sincos(torch.tensor([1.0]), half)[0]])
+    )
     assert not list(SinCosPosition2d(16).parameters())
 
 
@@ -134,7 +140,9 @@ def test_learned_2d_counts_rows_and_columns() -> None:
 
 
 def test_resampling_keeps_a_constant_and_knows_rows_from_columns() -> None:
-    assert torch.allclose(resample_table(torch.ones(1, 12, 4), (3, 4), (7, 5)), torch.ones(1, 35, 4), atol=1e-5)
+    assert torch.allclose(
+        resample_table(torch.ones(1, 12, 4), (3, 4), (7, 5)), torch.ones(1, 35, 4), atol=1e-5
+    )
     rows = torch.arange(3.0).repeat_interleave(4).reshape(1, 12, 1)
     resampled = resample_table(rows, (3, 4), (6, 4)).reshape(6, 4)
     assert torch.allclose(resampled, resampled[:, :1].expand(6, 4), atol=1e-5)
@@ -168,7 +176,10 @@ def test_relative_bias_has_swins_table_and_a_prefix() -> None:
 def test_rotation_keeps_lengths_and_depends_on_offsets_only() -> None:
     cosine, sine = RotaryPosition2d(8, 1)((3, 4))
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    turned_q, turned_k = rotate(q.expand(1, 1, 13, 8), cosine, sine), rotate(k.expand(1, 1, 13, 8), cosine, sine)
+    turned_q, turned_k = (
+        rotate(q.expand(1, 1, 13, 8), cosine, sine),
+        rotate(k.expand(1, 1, 13, 8), cosine, sine),
+    )
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1).expand(1, 1, 13))
     torch.testing.assert_close(turned_q[0, 0, 0], q[0, 0, 0])  # the prefix is not turned
     scores = (turned_q @ turned_k.transpose(-2, -1))[0, 0, 1:, 1:].reshape(3, 4, 3, 4)

@@ -66,9 +66,9 @@ def test_taps_leave_no_trace_in_the_state_dictionary(model: torch.nn.Module) -> 
 
 
 def test_unknown_tap_names_the_nearest(model: torch.nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"no tap matches 'blocks.0.attn.weigths'.*blocks.0.attn.weights"):
-        with record(model, "blocks.0.attn.weigths"):
-            pass
+    expected = r"no tap matches 'blocks.0.attn.weigths'.*blocks.0.attn.weights"
+    with pytest.raises(ValueError, match=expected), record(model, "blocks.0.attn.weigths"):
+        pass
     assert _hooks(model) == 0
 
 

@@ -36,7 +36,12 @@ PARAMETERS = {
     "vit_cifar": None,
     "vit_cifar_plain": None,
 }
-AT_MOST = {"vit_mnist_small": 206_000, "vit_cifar": 2_000_000, "vit_cifar_plain": 2_000_000, "vit_digits": 206_000}
+AT_MOST = {
+    "vit_mnist_small": 206_000,
+    "vit_cifar": 2_000_000,
+    "vit_cifar_plain": 2_000_000,
+    "vit_digits": 206_000,
+}
 POSITIONS = ("none", "learned", "learned_2d", "sincos_1d", "sincos_2d", "relative", "rotary")
 
 
@@ -64,8 +69,18 @@ def test_parameter_counts(name: str) -> None:
         ("vit_tiny_patch16_224", {}, {}, (224, 224)),
         ("vit_tiny_patch16_384", {"depth": 3}, {"depth": 3}, (384, 384)),
         ("vit_small_patch16_224", {"depth": 2}, {"depth": 2, "dynamic_img_size": True}, (160, 240)),
-        ("vit_base_patch32_224", {"depth": 2}, {"depth": 2, "dynamic_img_size": True, "dynamic_img_pad": True}, (100, 300)),
-        ("vit_small_patch32_224", {"depth": 2, "in_chans": 1, "num_classes": 7}, {"depth": 2, "in_chans": 1, "num_classes": 7}, (224, 224)),
+        (
+            "vit_base_patch32_224",
+            {"depth": 2},
+            {"depth": 2, "dynamic_img_size": True, "dynamic_img_pad": True},
+            (100, 300),
+        ),
+        (
+            "vit_small_patch32_224",
+            {"depth": 2, "in_chans": 1, "num_classes": 7},
+            {"depth": 2, "in_chans": 1, "num_classes": 7},
+            (224, 224),
+        ),
         (
             "vit_tiny_patch16_224",
             {"depth": 2, "class_token": False, "pool": "mean", "fc_norm": True},
@@ -87,7 +102,9 @@ def test_parameter_counts(name: str) -> None:
         ),
     ],
 )  # fmt: skip
-def test_logits_equal_timm_with_its_weights(name: str, changes: dict, theirs: dict, size: tuple[int, int]) -> None:
+def test_logits_equal_timm_with_its_weights(
+    name: str, changes: dict, theirs: dict, size: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
     peer = timm.create_model(name, **theirs).eval()
     for parameter in peer.parameters():  # so that zero-initialised parts count too
@@ -114,10 +131,13 @@ def test_intermediate_features_equal_timm() -> None:
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("patch_embed", ["conv", "linear", "overlap", "stem"])
 @pytest.mark.parametrize(("pool", "class_token"), [("cls", True), ("mean", False), ("seqpool", True)])
-def test_every_switch_trains_at_odd_sizes(position: str, patch_embed: str, pool: str, class_token: bool) -> None:
+def test_every_switch_trains_at_odd_sizes(
+    position: str, patch_embed: str, pool: str, class_token: bool
+) -> None:
     model = build_model(
         "vit_cifar_plain", position=position, patch_embed=patch_embed, pool=pool, class_token=class_token,
-        depth=2, embed_dim=32, registers=1, in_chans=2, drop=0.1, attn_drop=0.1, drop_path=0.2, layer_scale=0.1,
+        depth=2, embed_dim=32, registers=1, in_chans=2, drop=0.1, attn_drop=0.1, drop_path=0.2,
+        layer_scale=0.1,
     )  # fmt: skip
     for size in ((32, 32), (17, 40)):
         model.zero_grad()
@@ -203,7 +223,9 @@ def test_fill_replaces_patches_before_positions() -> None:
 
 
 def test_features_know_their_geometry() -> None:
-    features = build_model("vit_cifar_plain", depth=1, registers=2).forward_features(torch.randn(2, 3, 16, 40))
+    features = build_model("vit_cifar_plain", depth=1, registers=2).forward_features(
+        torch.randn(2, 3, 16, 40)
+    )
     assert features.grid == (4, 10)
     assert features.prefix.shape == (2, 3, 128)
     assert torch.equal(features.map()[1, :, 2, 7], features.patches[1, 27])

@@ -20,7 +20,11 @@ PREPROCESSING = {"img_size": [28, 28], "mean": [0.1]}
 def folder(tmp_path: Path) -> Path:
     model = build_model("vit_mnist_2blk", depth=1, num_classes=3)
     save_model(
-        tmp_path / "run" / "model", model, name="vit_mnist_2blk", classes=("a", "b", "c"), preprocessing=PREPROCESSING
+        tmp_path / "run" / "model",
+        model,
+        name="vit_mnist_2blk",
+        classes=("a", "b", "c"),
+        preprocessing=PREPROCESSING,
     )
     return tmp_path / "run" / "model"
 
@@ -68,7 +72,7 @@ def test_what_does_not_fit_is_refused_whole(folder: Path, tmp_path: Path) -> Non
     whole = (folder / "model.safetensors").read_bytes()
     for damaged in (whole[:100], whole[: len(whole) // 2], b""):
         (folder / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged or not a .safetensors file"):
+        with pytest.raises(ValueError, match=r"damaged or not a .safetensors file"):
             load_model(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no weights"):
@@ -77,5 +81,5 @@ def test_what_does_not_fit_is_refused_whole(folder: Path, tmp_path: Path) -> Non
     del config["classes"]
     for text in ("{", "[]", json.dumps(config)):
         (folder / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="config.json is damaged"):
+        with pytest.raises(ValueError, match=r"config.json is damaged"):
             load_model(folder)

@@ -32,7 +32,9 @@ def test_files_and_pictures_of_every_kind(predictor: Predictor, tmp_path: Path) 
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "grey.png")
     Image.fromarray(pixels).convert("RGB").resize((60, 40)).save(tmp_path / "colour.jpg")
-    found = predictor.predict([tmp_path / "grey.png", str(tmp_path / "colour.jpg"), Image.fromarray(pixels)], top=10)
+    found = predictor.predict(
+        [tmp_path / "grey.png", str(tmp_path / "colour.jpg"), Image.fromarray(pixels)], top=10
+    )
     assert [prediction.source for prediction in found] == [
         str(tmp_path / "grey.png"), str(tmp_path / "colour.jpg"), "image",
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def test_warmup_is_linear_and_reaches_the_peak(schedule: str) -> None:
     rates = _rates(schedule=schedule)
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert max(rates) == pytest.approx(1.0)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rates[10:]))
 
 
 def test_shapes_follow_their_formulas() -> None:

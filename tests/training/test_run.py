@@ -53,7 +53,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert names == {
         "config.yaml", "metrics.jsonl", "manifest.json", "checkpoints/last.pt", "model/config.json",
         "model/model.safetensors", "evaluation/digits-test.json", "evaluation/digits-test.npz",
-        "evaluation/digits-test.csv",
+        "evaluation/digits-test-confusion.csv",
     }  # fmt: skip
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     train_records = [record for record in records if record["kind"] == "train"]
@@ -68,7 +68,11 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(finished: Path, tmp_path: Path) -> None:
-    train(load_config(finished / "config.yaml", {"train.output": str(tmp_path / "a")}), tmp_path / "a", command="")
+    train(
+        load_config(finished / "config.yaml", {"train.output": str(tmp_path / "a")}),
+        tmp_path / "a",
+        command="",
+    )
     assert _same(finished, tmp_path / "a")
     train(_config(train__seed=1), tmp_path / "b", command="")
     assert not _same(finished, tmp_path / "b")
@@ -116,7 +120,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 
 
 def test_resuming_needs_a_checkpoint_that_fits(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no checkpoint .* to resume from"):
+    with pytest.raises(ValueError, match=r"no checkpoint .* to resume from"):
         train(_config(train__resume=True), tmp_path / "none", command="")
     with pytest.raises(ValueError, match="belongs to another model"):
         train(_config(train__resume=True, model__depth=2), finished, command="")
@@ -128,7 +132,7 @@ def test_resuming_needs_a_checkpoint_that_fits(finished: Path, tmp_path: Path) -
 
 def test_a_full_folder_is_not_touched(finished: Path, tmp_path: Path) -> None:
     before = _weights(finished)
-    with pytest.raises(ValueError, match="not empty: go on with --train.resume"):
+    with pytest.raises(ValueError, match=r"not empty: go on with --train.resume"):
         train(_config(), finished, command="")
     assert all(torch.equal(before[key], value) for key, value in _weights(finished).items())
     other = tmp_path / "letters"
@@ -140,7 +144,9 @@ def test_a_full_folder_is_not_touched(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    config = _config(optim__lr=1e30, optim__clip_norm=0, train__save_every="1 step", train__log_every="1 step")
+    config = _config(
+        optim__lr=1e30, optim__clip_norm=0, train__save_every="1 step", train__log_every="1 step"
+    )
     with pytest.raises(ValueError, match=r"the loss became (nan|inf) before step \d+"):
         train(config, tmp_path / "run", command="")
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
@@ -164,7 +170,9 @@ def test_clipping_bounds_the_gradient(tmp_path: Path) -> None:
 
 
 def test_batches_start_anywhere_and_resize_progressively() -> None:
-    run = prepare(_config(train__progressive={"0%": 4, "50%": 8}, augment__mixup=0.5, **{"augment__stop_at": "80%"}))
+    run = prepare(
+        _config(train__progressive={"0%": 4, "50%": 8}, augment__mixup=0.5, **{"augment__stop_at": "80%"})
+    )
     whole = list(training_batches(run, 0))
     assert len(whole) == 15
     assert [batch["images"].shape[-1] for batch in whole] == [4] * 8 + [8] * 7

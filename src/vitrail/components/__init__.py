@@ -1,0 +1,1 @@
+"""The mathematics: attention, positions, patches, residuals, taps. Knows no architecture."""

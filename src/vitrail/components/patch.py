@@ -12,7 +12,9 @@ All pad the right and lower edge with zeros to a whole number of patches, so eve
 
 from __future__ import annotations
 
+import itertools
 import math
+from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,26 +27,27 @@ def patch_grid(height: int, width: int, patch_size: int) -> Grid:
     return math.ceil(height / patch_size), math.ceil(width / patch_size)
 
 
-class _PatchEmbedding(nn.Module):
-    """Shared part: checks the channels and pads to whole patches."""
+class PatchEmbedding(nn.Module, ABC):
+    """What all have in common: they check the channels and pad to whole patches."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
         self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, embed_dim
 
     def pad(self, images: Tensor) -> Tensor:
+        """Zeros on the right and below, up to whole patches."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(
-                f"expected images [B, {self.in_chans}, H, W], got {list(images.shape)}; "
-                f"convert the images or build the model with in_chans={images.shape[1 if images.ndim == 4 else 0]}"
+                f"expected images [B, {self.in_chans}, H, W], got {list(images.shape)}; convert the images, "
+                "or build the model with another in_chans"
             )
         height, width = images.shape[-2:]
         right, below = -width % self.patch_size, -height % self.patch_size
         return F.pad(images, (0, right, 0, below)) if right or below else images
 
+    @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
         """Padded images [B, C, H, W] -> maps [B, D, rows, columns]."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Images [B, C, H, W] -> tokens [B, N, D] and the grid (rows, columns)."""
@@ -52,7 +55,7 @@ class _PatchEmbedding(nn.Module):
         return maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3])
 
 
-class ConvPatchEmbedding(_PatchEmbedding):
+class ConvPatchEmbedding(PatchEmbedding):
     """One convolution with kernel and stride p; parameter names are timm's."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
@@ -60,10 +63,11 @@ class ConvPatchEmbedding(_PatchEmbedding):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def embed(self, images: Tensor) -> Tensor:
+        """Padded images [B, C, H, W] -> maps [B, D, rows, columns]."""
         return self.proj(images)
 
 
-class LinearPatchEmbedding(_PatchEmbedding):
+class LinearPatchEmbedding(PatchEmbedding):
     """Cut into patches, flatten as [channel, row, column], multiply.
 
     The weight [D, C * p * p] is that of `ConvPatchEmbedding`, flattened; a state dictionary of either loads
@@ -75,6 +79,7 @@ class LinearPatchEmbedding(_PatchEmbedding):
         self.proj = nn.Linear(in_chans * patch_size**2, embed_dim)
 
     def embed(self, images: Tensor) -> Tensor:
+        """Padded images [B, C, H, W] -> maps [B, D, rows, columns]."""
         p = self.patch_size
         rows, columns = patch_grid(images.shape[-2], images.shape[-1], p)
         patches = images.reshape(-1, self.in_chans, rows, p, columns, p)
@@ -82,7 +87,7 @@ class LinearPatchEmbedding(_PatchEmbedding):
         return self.proj(patches).permute(0, 3, 1, 2)
 
 
-class OverlapPatchEmbedding(_PatchEmbedding):
+class OverlapPatchEmbedding(PatchEmbedding):
     """One convolution with stride p whose kernel 2p - 1 reaches into the neighbouring patches (PVT v2)."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
@@ -92,10 +97,11 @@ class OverlapPatchEmbedding(_PatchEmbedding):
         )
 
     def embed(self, images: Tensor) -> Tensor:
+        """Padded images [B, C, H, W] -> maps [B, D, rows, columns]."""
         return self.proj(images)
 
 
-class StemPatchEmbedding(_PatchEmbedding):
+class StemPatchEmbedding(PatchEmbedding):
     """log2(p) times: 3x3 convolution, batch normalisation, ReLU, 3x3 max-pooling with stride 2.
 
     Channels double from stage to stage and end at D. The patch size must be a power of two.
@@ -111,17 +117,18 @@ class StemPatchEmbedding(_PatchEmbedding):
             )
         widths = [in_chans] + [embed_dim // 2**left for left in range(halvings - 1, -1, -1)]
         self.proj = nn.Sequential()
-        for narrow, wide in zip(widths, widths[1:], strict=False):
+        for narrow, wide in itertools.pairwise(widths):
             self.proj.append(nn.Conv2d(narrow, wide, kernel_size=3, padding=1, bias=False))
             self.proj.append(nn.BatchNorm2d(wide))
             self.proj.append(nn.ReLU(inplace=True))
             self.proj.append(nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
 
     def embed(self, images: Tensor) -> Tensor:
+        """Padded images [B, C, H, W] -> maps [B, D, rows, columns]."""
         return self.proj(images)
 
 
-PATCH_EMBEDDINGS: dict[str, type[_PatchEmbedding]] = {
+PATCH_EMBEDDINGS: dict[str, type[PatchEmbedding]] = {
     "conv": ConvPatchEmbedding,
     "linear": LinearPatchEmbedding,
     "overlap": OverlapPatchEmbedding,

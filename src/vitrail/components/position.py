@@ -5,11 +5,11 @@
 | kind | added to | learned | on another grid | paper |
 |---|---|---|---|---|
 | learned | tokens | yes | bicubic resampling | Dosovitskiy et al. 2021 |
-| learned_2d | tokens | yes, one table for rows, one for columns | linear resampling of each | the same, appendix D.4 |
+| learned_2d | tokens | yes, rows + columns | linear resampling of each | the same, appendix D.4 |
 | sincos_1d | tokens | no | formula over the patch number | Vaswani et al. 2017, section 3.5 |
 | sincos_2d | tokens | no | formula over row and column | Chen et al. 2021 (MoCo v3) |
-| relative | attention scores | yes | bicubic resampling | Shaw et al. 2018; Liu et al. 2021 (Swin); prefix as in BEiT |
-| rotary | queries, keys | no | formula over row and column | Su et al. 2021; Heo et al. 2024 (axial, base 100) |
+| relative | attention scores | yes | bicubic resampling | Liu et al. 2021 (Swin); prefix: Bao et al. 2021 |
+| rotary | queries, keys | no | formula over row and column | Su et al. 2021; Heo et al. 2024 (base 100) |
 
 What differs: learned_2d adds the two tables at full width instead of concatenating halves, so that it also
 works for odd widths.
@@ -63,20 +63,23 @@ class LearnedPosition2d(nn.Module):
         return (row[:, :, None] + column[:, None]).flatten(1, 2)  # [1, rows * columns, D]
 
 
-def sincos(positions: Tensor, dim: int, base: float = 10_000.0) -> Tensor:
-    """Sine and cosine features of positions (Vaswani et al. 2017, section 3.5): sines first, then cosines.
+def sincos_frequencies(dim: int, base: float = 10_000.0) -> Tensor:
+    """Angular frequencies of `dim` sine-cosine features (Vaswani et al. 2017, section 3.5), [dim / 2]."""
+    if dim % 2:
+        raise ValueError(f"sine-cosine positions need an even width, got {dim}")
+    return base ** -(torch.arange(dim // 2) / (dim // 2))
+
+
+def sincos(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Sine and cosine features of positions: sines first, then cosines.
 
     Args:
         positions: [N], in patches.
-        dim: Even number of features.
-        base: Ratio of the longest to the shortest wavelength.
+        frequencies: [F], in radians a patch.
 
     Returns:
-        [N, dim].
+        [N, 2 F].
     """
-    if dim % 2:
-        raise ValueError(f"sine-cosine positions need an even width, got {dim}")
-    frequencies = base ** -(torch.arange(dim // 2, device=positions.device) / (dim // 2))
     angles = positions[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -86,11 +89,13 @@ class SinCosPosition1d(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dim = dim
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", sincos_frequencies(dim), persistent=False)
 
-    def forward(self, grid: Grid, device: torch.device | None = None) -> Tensor:
+    def forward(self, grid: Grid) -> Tensor:
         """The table [1, N, D] for a grid."""
-        return sincos(torch.arange(grid[0] * grid[1], device=device).float(), self.dim)[None]
+        numbers = torch.arange(grid[0] * grid[1], device=self.frequencies.device)
+        return sincos(numbers, self.frequencies)[None]
 
 
 class SinCosPosition2d(nn.Module):
@@ -100,12 +105,13 @@ class SinCosPosition2d(nn.Module):
         super().__init__()
         if dim % 4:
             raise ValueError(f"sincos_2d positions need embed_dim divisible by 4, got {dim}")
-        self.dim = dim
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", sincos_frequencies(dim // 2), persistent=False)
 
-    def forward(self, grid: Grid, device: torch.device | None = None) -> Tensor:
+    def forward(self, grid: Grid) -> Tensor:
         """The table [1, N, D] for a grid."""
-        rows, columns = coordinates(grid, device)
-        return torch.cat([sincos(columns, self.dim // 2), sincos(rows, self.dim // 2)], dim=1)[None]
+        rows, columns = coordinates(grid, self.frequencies.device)
+        return torch.cat([sincos(columns, self.frequencies), sincos(rows, self.frequencies)], dim=1)[None]
 
 
 def coordinates(grid: Grid, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -142,6 +148,7 @@ class RelativePositionBias(nn.Module):
             torch.empty(offsets + (3 if num_prefix else 0), num_heads)
         )
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.index: Tensor
         self.register_buffer("index", relative_index(grid), persistent=False)
 
     def forward(self, grid: Grid) -> Tensor:
@@ -165,20 +172,20 @@ class RelativePositionBias(nn.Module):
 
 
 class RotaryPosition2d(nn.Module):
-    """Axial rotary positions: the first half of a head's channels turns with the row, the second with the column."""
+    """Axial rotary positions: half of a head's channels turns with the row, half with the column."""
 
     def __init__(self, head_dim: int, num_prefix: int, base: float = 100.0) -> None:
         super().__init__()
         if head_dim % 4:
             raise ValueError(f"rotary positions need a head width divisible by 4, got {head_dim}")
-        self.head_dim, self.num_prefix, self.base = head_dim, num_prefix, base
+        self.num_prefix = num_prefix
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", sincos_frequencies(head_dim // 2, base), persistent=False)
 
-    def forward(self, grid: Grid, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Cosines and sines [1, 1, P + N, d]; prefix tokens are not turned (cosine 1, sine 0)."""
-        quarter = self.head_dim // 4
-        frequencies = self.base ** -(torch.arange(quarter, device=device) / quarter)
-        rows, columns = coordinates(grid, device)
-        angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=1)  # [N, d / 2]
+        rows, columns = coordinates(grid, self.frequencies.device)
+        angles = torch.cat([rows[:, None] * self.frequencies, columns[:, None] * self.frequencies], dim=1)
         angles = F.pad(angles, (0, 0, self.num_prefix, 0)).repeat_interleave(2, dim=1)  # [P + N, d]
         return angles.cos()[None, None], angles.sin()[None, None]
 

@@ -28,6 +28,7 @@ class DropPath(nn.Module):
         return x * torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(survival).div_(survival)
 
     def extra_repr(self) -> str:
+        """The rate, for `print(model)`."""
         return f"rate={self.rate:.3f}"
 
 

@@ -126,6 +126,10 @@ class Preprocessing:
             return F.interpolate(images, self.img_size, mode="nearest-exact")
         return F.interpolate(images, self.img_size, mode=self.interpolation, antialias=True)
 
+    def prepare(self, images: Tensor) -> Tensor:
+        """Resize and normalise a batch: uint8 [B, C, H, W] -> float32 [B, C, *img_size], on its device."""
+        return self.resize(self.normalise(images))
+
     def open_image(self, source: str | PathLike[str] | Image.Image) -> Tensor:
         """Prepare one picture: turn upright, convert, resize, crop the centre, normalise.
 

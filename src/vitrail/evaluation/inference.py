@@ -27,7 +27,7 @@ def predict_logits(
     was_training = model.training
     model.eval()
     logits = [
-        model(preprocessing.normalise(preprocessing.resize(batch.to(device)))).float().cpu()
+        model(preprocessing.prepare(batch.to(device))).float().cpu()
         for batch, _ in batches(images, batch_size, seed=0, epoch=0, shuffle=False, drop_last=False)
     ]
     model.train(was_training)

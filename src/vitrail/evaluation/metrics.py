@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ import torch
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
+
+from vitrail.files import write_whole
 
 Interval = tuple[float, float]
 
@@ -188,19 +189,19 @@ def write_evaluation(
     folder.mkdir(parents=True, exist_ok=True)
     arrays = io.BytesIO()
     np.savez_compressed(arrays, probabilities=_array(probabilities), labels=_array(labels))
-    _replace(folder / f"{name}.npz", arrays.getvalue())
+    write_whole(folder / f"{name}.npz", arrays.getvalue())
 
     names = [score.name for score in metrics.per_class]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["truth \\ answer", *names])
     writer.writerows([own, *row] for own, row in zip(names, metrics.confusion.tolist(), strict=True))
-    _replace(folder / f"{name}-confusion.csv", text.getvalue().encode())
+    write_whole(folder / f"{name}-confusion.csv", text.getvalue())
 
     # One key a line: readable, and a confusion matrix of 1000 classes does not become a million lines.
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in metrics.to_dict().items())
     path = folder / f"{name}.json"
-    _replace(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    write_whole(path, ("{\n" + ",\n".join(lines) + "\n}\n"))
     return path
 
 
@@ -280,9 +281,3 @@ def _calibration(
             )
         )
     return tuple(bins)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    os.replace(beside, path)

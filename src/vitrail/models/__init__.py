@@ -16,7 +16,16 @@ from pydantic import TypeAdapter, ValidationError
 from vitrail.models import vit
 from vitrail.models.encoder import Encoder, Features, Stage
 
-__all__ = ["SHORT_NAMES", "VARIANTS", "Encoder", "Features", "Stage", "build_model", "list_models", "model_config"]
+__all__ = [
+    "SHORT_NAMES",
+    "VARIANTS",
+    "Encoder",
+    "Features",
+    "Stage",
+    "build_model",
+    "list_models",
+    "model_config",
+]
 
 VARIANTS: dict[str, Any] = {**vit.VARIANTS}
 

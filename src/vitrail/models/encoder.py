@@ -50,7 +50,7 @@ class Features:
         cells = int(torch.Size(self.grid).numel())
         if self.patches.shape[1] != cells:
             raise ValueError(
-                f"{self.patches.shape[1]} of {cells} patches were kept: they form no map; encode without keep="
+                f"{self.patches.shape[1]} of {cells} patches were kept: no map; encode without keep="
             )
         return self.patches.transpose(1, 2).unflatten(2, self.grid)
 

@@ -2,9 +2,9 @@
 
     B batch, N patches, P prefix tokens (class token, registers), L = P + N, D width, H heads
 
-Papers: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (ViT); Darcet et al. 2023, "Vision Transformers
-Need Registers"; Hassani et al. 2021 (sequence pooling). Parameter names are timm's, so its checkpoints load
-strictly.
+Papers: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (ViT); Darcet et al. 2023, "Vision
+Transformers Need Registers"; Hassani et al. 2021 (sequence pooling). Parameter names are timm's, so its
+checkpoints load strictly.
 
 What differs from the paper: the head is one linear layer (the paper's pre-training head has a hidden tanh
 layer; `head="mlp"` gives a hidden GELU layer); weights start from a truncated normal of standard deviation
@@ -52,9 +52,9 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     mlp: Literal["gelu", "swiglu"] = "gelu"
     patch_embed: Literal["conv", "linear", "overlap", "stem"] = "conv"
-    position: Literal[
-        "none", "learned", "learned_2d", "sincos_1d", "sincos_2d", "relative", "rotary"
-    ] = "learned"
+    position: Literal["none", "learned", "learned_2d", "sincos_1d", "sincos_2d", "relative", "rotary"] = (
+        "learned"
+    )
     prefix_position: bool = True  # learned positions have rows for the prefix tokens too (the paper)
     class_token: bool = True
     registers: int = 0
@@ -80,7 +80,7 @@ class ViTConfig:
     @property
     def image_shape(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
 
     @property
     def grid(self) -> Grid:
@@ -198,7 +198,7 @@ class ViT(Encoder):
         return {name for name, _ in self.named_parameters() if any(token in name for token in tokens)}
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one; 0 classes: none, and `forward` gives the pooled features [B, D]."""
+        """Replace the head by a fresh one; 0: no head, `forward` gives the pooled features [B, D]."""
         dim = self.num_features
         if num_classes == 0:
             self.head: nn.Module = nn.Identity()
@@ -214,12 +214,12 @@ class ViT(Encoder):
 
     def place(self, tokens: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
         """Add positions, drop what is not kept, prepend the prefix: [B, N, D] -> [B, L, D]."""
-        patches_position, prefix_position = self._positions(grid, tokens)
+        patches_position, prefix_position = self._positions(grid)
         if patches_position is not None:
             tokens = tokens + patches_position
         if keep is not None:
             tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))
-        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
         if prefix:
             first = torch.cat(prefix, dim=1)
             if prefix_position is not None:
@@ -235,7 +235,9 @@ class ViT(Encoder):
         wanted: dict[int, list[int]] = {}
         for layer in layers:
             if not -depth <= layer < depth:
-                raise ValueError(f"layer {layer} of a model with {depth} blocks; expected {-depth} to {depth - 1}")
+                raise ValueError(
+                    f"layer {layer} of a model with {depth} blocks; expected {-depth} to {depth - 1}"
+                )
             wanted.setdefault(layer % depth, []).append(layer)
         index = None
         if keep is not None:
@@ -243,7 +245,7 @@ class ViT(Encoder):
             index = torch.cat([prefix, keep + num_prefix], dim=1)  # [B, L]
         rotary = None
         if self.rotary is not None:
-            cosine, sine = self.rotary(grid, tokens.device)
+            cosine, sine = self.rotary(grid)
             rotary = _pick_tokens(cosine, index), _pick_tokens(sine, index)
 
         def features(x: Tensor, seen: dict[int, Features]) -> Features:
@@ -286,18 +288,15 @@ class ViT(Encoder):
 
     def position_table(self, grid: Grid) -> Tensor | None:
         """The positions that are added to the patches, [N, D]; None for none, relative and rotary."""
-        device = self.patch_embed.proj.weight if hasattr(self.patch_embed.proj, "weight") else None
-        table, _ = self._positions(grid, device)
+        table, _ = self._positions(grid)
         return None if table is None else table[0]
 
-    def _positions(self, grid: Grid, like: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _positions(self, grid: Grid) -> tuple[Tensor | None, Tensor | None]:
         """Positions of the patches [1, N, D] and of the prefix [1, P, D], each None where there are none."""
         if self.pos_embed is None:
             return None, None
         if not isinstance(self.pos_embed, nn.Parameter):
-            if isinstance(self.pos_embed, LearnedPosition2d):
-                return self.pos_embed(grid), None
-            return self.pos_embed(grid, None if like is None else like.device), None
+            return self.pos_embed(grid), None
         num_prefix = self.config.num_prefix if self.config.prefix_position else 0
         patches = resample_table(self.pos_embed[:, num_prefix:], self.config.grid, grid)
         return patches, self.pos_embed[:, :num_prefix] if num_prefix else None
@@ -344,7 +343,15 @@ VARIANTS: dict[str, ViTConfig] = {
 } | {
     # Small models for small images: 8 (scikit-learn's digits), 28 (MNIST) and 32 pixels (CIFAR).
     "vit_digits": ViTConfig(
-        img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4, mlp_ratio=2.0
+        img_size=8,
+        patch_size=2,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=64,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=2.0,
+        patch_embed="stem",
     ),
     "vit_mnist_2blk": ViTConfig(
         img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64, depth=2, num_heads=4

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from vitrail.files import write_whole
 from vitrail.models import Encoder, model_config
 
 
@@ -49,18 +49,14 @@ def save_model(
     """Write a model folder; each file is written beside and renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    beside = folder / "model.safetensors.part"
-    save_file(state, beside, metadata={"format": "pt"})
-    os.replace(beside, folder / "model.safetensors")
+    write_whole(folder / "model.safetensors", save(state, metadata={"format": "pt"}))
     config = {
         "model": name,
         "config": dataclasses.asdict(model.config),
         "classes": list(classes),
         "preprocessing": dict(preprocessing),
     }
-    beside = folder / "config.json.part"
-    beside.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(beside, folder / "config.json")
+    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def find_model_folder(path: str | Path) -> Path:

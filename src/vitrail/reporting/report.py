@@ -10,7 +10,6 @@ import base64
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from vitrail.evaluation.metrics import ClassificationMetrics, Evaluation, read_e
 from vitrail.explain.attention import attention_layers, class_attention
 from vitrail.explain.draw import INK, RED, image_grid, label, png, similarity_grid
 from vitrail.explain.positions import position_similarity
+from vitrail.files import write_whole
 from vitrail.models.encoder import Encoder
 from vitrail.reporting import figures
 
@@ -91,9 +91,9 @@ def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, tes
             path.unlink(missing_ok=True)
         else:
             content = png(figure)
-            _replace(path, content)
+            write_whole(path, content)
             pictures[name] = "data:image/png;base64," + base64.b64encode(content).decode()
-    _replace(run / "metrics.csv", _table(lines).encode())
+    write_whole(run / "metrics.csv", _table(lines))
 
     environment = Environment(
         loader=PackageLoader("vitrail.reporting", ""), autoescape=True, undefined=StrictUndefined
@@ -115,7 +115,7 @@ def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, tes
         config=(run / "config.yaml").read_text(),
         manifest=list(_flat(manifest)),
     )
-    _replace(run / "report.html", page.encode())
+    write_whole(run / "report.html", page)
     return run / "report.html"
 
 
@@ -198,7 +198,7 @@ def _draw_inside(model: Encoder, preprocessing: Preprocessing, test: ImageSet) -
     chosen = sample[np.sort(first)[:LOOKED_AT]]
     images, labels = test.batch(chosen)
     device = next(model.parameters()).device
-    inputs = preprocessing.resize(preprocessing.normalise(images)).to(device)
+    inputs = preprocessing.prepare(images).to(device)
 
     drawn: Drawn = {}
     depth = len(attention_layers(model))
@@ -334,10 +334,3 @@ def _duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that no file is ever half there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    os.replace(beside, path)

@@ -25,5 +25,5 @@ class Task(nn.Module, ABC):
     def trained(self) -> nn.Module:
         """The model that is evaluated and saved."""
 
-    def after_step(self) -> None:  # noqa: B027  (most tasks have nothing to do here)
+    def after_step(self) -> None:
         """Called after each optimiser step, for instance to move a teacher."""

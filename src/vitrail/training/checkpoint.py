@@ -8,7 +8,7 @@ with `weights_only=True`, so that no code in them runs.
 
 from __future__ import annotations
 
-import os
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -16,16 +16,15 @@ from typing import Any
 
 import torch
 
+from vitrail.files import write_whole
+
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint; an interrupted write leaves the one before untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    with beside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(path, content.getvalue())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -40,6 +40,9 @@ class Plan:
     save_every: int
 
 
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
+
+
 def average_of(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of weights and buffers.
 
@@ -48,7 +51,7 @@ def average_of(model: nn.Module, decay: float) -> AveragedModel:
     """
 
     @torch.no_grad()
-    def blend(averaged: list[torch.Tensor], current: list[torch.Tensor], _n: torch.Tensor | int) -> None:
+    def blend(averaged: Tensors, current: Tensors, _n: torch.Tensor | int) -> None:
         n = int(average.n_averaged)  # lies on the CPU; the argument may not, and reading it would wait
         weight = 1.0 - min(decay, (1 + n) / (10 + n))
         if averaged[0].is_floating_point():
@@ -112,7 +115,7 @@ def fit(
             accelerator.backward(output["loss"])
             done = step + 1
             logging = done % plan.log_every == 0 or done == plan.total
-            layer_norms = gradient_norms(task) if logging else {}
+            layer_norms = gradient_norms(task.trained()) if logging else {}
             if clip_norm:
                 grad_norm = accelerator.clip_grad_norm_(parameters, clip_norm)
             elif logging:

@@ -1,9 +1,10 @@
 """Mixup and CutMix: each image of a batch is mixed with another one, and so is its target.
 
 Sources: Mixup (Zhang et al. 2017, arXiv:1710.09412), CutMix (Yun et al. 2019, arXiv:1905.04899). What
-differs: the papers' code draws one lambda a batch and a random permutation; here each image has a lambda of its
-own (timm's mode "elem"), and its partner is the image before it, which the loader's shuffling makes a random one,
-and never the image itself. Label smoothing is the loss's: smoothing the mixture is mixing the smoothed.
+differs: the papers' code draws one lambda a batch and a random permutation; here each image has a lambda of
+its own (timm's mode "elem"), and its partner is the image before it, which the loader's shuffling makes a
+random one, and never the image itself. Label smoothing is the loss's: smoothing the mixture is mixing the
+smoothed.
 
 Shapes: B images, C channels, H height, W width, K classes.
 """

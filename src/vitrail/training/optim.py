@@ -1,7 +1,7 @@
 """AdamW's parameter groups and the learning rate at every step.
 
 AdamW: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
-Reciprocal square root: Vaswani et al. 2017, section 5.3. Warm-up, stable, decay (wsd): Hu et al. 2024 (MiniCPM).
+Reciprocal square root: Vaswani et al. 2017, section 5.3. Warm-up, stable, decay (wsd): Hu et al. 2024.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def parameter_groups(model: nn.Module, no_decay: set[str], weight_decay: float) 
         no_decay: Names without decay, besides all parameters with fewer than two dimensions.
         weight_decay: Of the first group.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim < 2 or name in no_decay else decayed).append(parameter)

@@ -1,12 +1,12 @@
 """A run from config to model folder: data, model, task, loop, test, manifest.
 
-    runs/<name>/
-      config.yaml        the resolved config; `vitrail train runs/<name>/config.yaml` repeats the run
-      metrics.jsonl      one record a line, while the run goes
-      checkpoints/       last.pt, from which --train.resume goes on
-      model/             the model folder
-      evaluation/        accuracy, per-class numbers, probabilities on the test images
-      manifest.json      versions, hardware, data, seeds, images seen, compute, time
+runs/<name>/
+  config.yaml        the resolved config; `vitrail train runs/<name>/config.yaml` repeats the run
+  metrics.jsonl      one record a line, while the run goes
+  checkpoints/       last.pt, from which --train.resume goes on
+  model/             the model folder
+  evaluation/        accuracy, per-class numbers, probabilities on the test images
+  manifest.json      versions, hardware, data, seeds, images seen, compute, time
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from vitrail.datasets import ImageSet, Preprocessing, Splits, batches, load_data
 from vitrail.evaluation.cost import count_macs, count_parameters
 from vitrail.evaluation.inference import predict_logits
 from vitrail.evaluation.metrics import ClassificationMetrics, classification_metrics, write_evaluation
+from vitrail.files import write_whole
 from vitrail.models import Encoder
 from vitrail.pretrained import create_model, save_model
 from vitrail.tasks import Batch, Task, build_task
@@ -103,7 +104,9 @@ def prepare(config: RunConfig) -> Run:
         ("in_chans", config_of.in_chans, splits.train.in_chans),
     ):
         if own != needed:
-            raise ValueError(f"model.{option} {own} does not fit {data.name}, which has {needed}; leave it out")
+            raise ValueError(
+                f"model.{option} {own} does not fit {data.name}, which has {needed}; leave it out"
+            )
     preprocessing = Preprocessing(
         img_size=config_of.image_shape,
         in_chans=config_of.in_chans,
@@ -155,7 +158,7 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
     # Where the run lies is part of it; whether it was resumed or replaced another one is not.
     again = {"output": folder, "resume": False, "overwrite": False}
     stored = config.model_copy(update={"train": config.train.model_copy(update=again)})
-    (folder / "config.yaml").write_text(stored.to_yaml())
+    write_whole(folder / "config.yaml", stored.to_yaml())
     section, splits, plan = config.train, run.splits, run.plan
     device = run.accelerator.device
     average = average_of(run.task.trained(), section.ema) if section.ema else None
@@ -222,7 +225,7 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
         "hardware": hardware(device),
         "versions": versions(),
     }
-    _write_json(folder / "manifest.json", manifest)
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return Result(
         folder=folder, model=model, preprocessing=run.preprocessing, test=splits.test, metrics=metrics
     )
@@ -409,9 +412,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
