@@ -22,6 +22,9 @@ same thing. All 60,000 training images are used. `--quick` is a smoke test: 2,00
 
 from __future__ import annotations
 
+import vitrail.torchvision_ops  # noqa: F401  (before torchvision)
+
+# isort: split
 import argparse
 import contextlib
 import io
@@ -41,7 +44,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-import vitrail.torchvision_ops  # noqa: F401  (before torchvision)
 from measure import machine, median_ratio, summary, write_result
 from vitrail.config import AugmentSection, RunConfig, load_config
 from vitrail.datasets import ImageSet
@@ -60,7 +62,7 @@ QUICK_IMAGES = 2_000
 Batches = Callable[[Run], Iterator[Batch]]
 
 
-class PictureSet(Dataset):
+class PictureSet(Dataset[tuple[torch.Tensor, int]]):
     """Decoded PIL images with torchvision transforms, as torchvision's own MNIST class is used."""
 
     def __init__(self, images: ImageSet, transform: Callable[[Image.Image], torch.Tensor]) -> None:

@@ -18,6 +18,9 @@ rounds.
 
 from __future__ import annotations
 
+import vitrail.torchvision_ops  # noqa: F401  (before timm, which imports torchvision)
+
+# isort: split
 import argparse
 import statistics
 import sys
@@ -32,7 +35,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
-import vitrail.torchvision_ops  # noqa: F401  (before timm, which imports torchvision)
 from measure import machine, median_ratio, summary, write_result
 from vitrail.evaluation.cost import count_macs, count_parameters
 from vitrail.pretrained import create_model

@@ -111,7 +111,9 @@ def test_stem_refuses_sizes_that_are_no_power_of_two() -> None:
 
 
 def test_wrong_channels_are_named() -> None:
-    with pytest.raises(ValueError, match=r"expected images \[B, 3, H, W\], got \[2, 1, 8, 8\].*another in_chans"):
+    with pytest.raises(
+        ValueError, match=r"expected images \[B, 3, H, W\], got \[2, 1, 8, 8\].*another in_chans"
+    ):
         ConvPatchEmbedding(4, 3, 8)(torch.zeros(2, 1, 8, 8))
 
 

@@ -1,0 +1,212 @@
+"""The command line as people use it: in a process of its own, with typing errors and without network."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from vitrail.cli import main, parse_overrides
+
+ROOT = Path(__file__).parent.parent
+Run = Callable[[str], tuple[int, str, str]]
+TINY = "--epochs 2 --model.depth 1 --model.embed_dim 16 --batch_size 256 --train.device cpu"
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run in runs/demo, made in a process of its own, and a digit to classify."""
+    folder = tmp_path_factory.mktemp("work")
+    words = [sys.executable, "-m", "vitrail", *shlex.split(f"train digits-vit --output runs/demo {TINY}")]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^test accuracy \d+\.\d\d % .* 359 images\)$", done.stdout, re.MULTILINE)
+    assert done.stdout.endswith("report runs/demo/report.html\n")
+    pixels = (load_digits().images[7] * 15.9).astype("uint8")
+    (folder / "docs" / "images").mkdir(parents=True)
+    Image.fromarray(pixels).save(folder / "docs" / "images" / "digit.png")
+    return folder
+
+
+@pytest.fixture
+def run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], tuple[int, str, str]]:
+    """Run a command line in the workplace -> exit code, what it printed, what it said on standard error."""
+    monkeypatch.chdir(workplace)
+
+    def command(line: str) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main(shlex.split(line))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return command
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "vitrail", "--help"], capture_output=True, text=True, check=True
+        )
+        times.append(time.perf_counter() - began)
+    for verb in ("train", "evaluate", "predict", "report", "models", "recipes"):
+        assert re.search(rf"^    {verb} ", done.stdout, re.MULTILINE)
+    assert min(times) < 0.5
+    code = (
+        "import sys\nfrom vitrail.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.splitlines()[-1] == "False"
+
+
+def test_a_run_leaves_a_report_and_is_not_overwritten(workplace: Path, run: Run) -> None:
+    assert "confusion" in (workplace / "runs" / "demo" / "report.html").read_text().lower()
+    assert (workplace / "runs" / "demo" / "figures" / "attention.png").stat().st_size > 5_000
+    code, _, said = run(f"train digits-vit --output runs/demo {TINY}")
+    assert code == 2
+    assert "not empty" in said
+
+
+def test_evaluate_predict_and_report_use_the_run(workplace: Path, run: Run) -> None:
+    _, table, _ = run("evaluate runs/demo")
+    assert "359 images" in table
+    assert len(re.findall(r"^\d +3\d ", table, re.MULTILINE)) == 10
+    numbers = json.loads(run("evaluate runs/demo/model --dataset digits --json")[1])
+    manifest = json.loads((workplace / "runs" / "demo" / "manifest.json").read_text())
+    assert numbers["accuracy"] == manifest["test_accuracy"]
+    assert re.match(r"docs/images/digit.png  \d \d+\.\d %", run("predict runs/demo docs/images/digit.png")[1])
+    found = json.loads(run("predict runs/demo docs/images/digit.png --json --top 10")[1])
+    assert sum(entry["confidence"] for entry in found["predictions"]) == pytest.approx(1.0, abs=1e-4)
+    (workplace / "runs" / "demo" / "report.html").unlink()
+    assert run("report runs/demo")[1] == "report runs/demo/report.html\n"
+    assert (workplace / "runs" / "demo" / "report.html").exists()
+
+
+def test_a_dry_run_trains_nothing(workplace: Path, run: Run) -> None:
+    code, shown, _ = run(f"train digits-vit --output runs/dry {TINY} --dry-run")
+    assert code == 0
+    assert re.search(r"^parameters +[\d,]+$", shown, re.MULTILINE)
+    assert re.search(r"estimated time +[\d.]+ s an epoch", shown)
+    assert "name: vit_digits" in shown
+    assert not (workplace / "runs" / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("trian digits-vit", "unknown verb 'trian': did you mean train"),
+        ("", "required: VERB"),
+        ("train digits-vti", "unknown recipe 'digits-vti': did you mean digits-vit"),
+        ("train digits-vit --optim.lrr 1", "unknown option 'optim.lrr': did you mean optim.lr"),
+        ("train digits-vit --modle x", "unknown option 'modle'"),
+        ("train digits-vit --model vit_digit", "unknown model 'vit_digit': did you mean vit_digits"),
+        ("train digits-vit --dataset digit", "digit.*did you mean.*digits"),
+        ("train digits-vit --optim.lr", "--optim.lr needs a value"),
+        ("train digits-vit lr=1", "expected --section.key VALUE, got 'lr=1'"),
+        ("train digits-vit --epochs many", "train.duration: expected a number with a unit"),
+        ("train nowhere/config.yaml", "no recipe file"),
+        ("evaluate nowhere", "no run or model folder nowhere"),
+        ("evaluate", "required: RUN"),
+        ("predict nowhere a.png", "no run or model folder nowhere"),
+        ("predict runs/demo missing.png", "missing.png"),
+        ("report nowhere", "no run or model folder"),
+        ("models 'swim*'", "no model matches 'swim*'"),
+        ("evaluate runs/demo --dataset mnist --root .", "put .*parquet"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(
+    command: str, message: str, run: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VITRAIL_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(workplace / "hub"))
+    code, _, said = run(command)
+    assert code == 2
+    assert said.startswith("vitrail: ")
+    assert said.count("\n") == 1
+    assert re.search(message.replace("*'", r"\*'"), said)
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown recipe"):
+        main(["train", "nothing", "--debug"])
+
+
+def test_the_exact_command_of_the_mission_parses() -> None:
+    words = "--model vit_base --dataset imagenet --epochs 100 --batch_size 256 --learning-rate 1e-3"
+    assert parse_overrides(shlex.split(words)) == {
+        "model.name": "vit_base",
+        "data.name": "imagenet",
+        "train.duration": "100 epochs",
+        "train.batch_size": "256",
+        "optim.lr": "1e-3",
+    }
+    assert parse_overrides(["--train.resume", "--optim.lr=3", "--augment.flip"]) == {
+        "train.resume": "true",
+        "optim.lr": "3",
+        "augment.flip": "true",
+    }
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["models", "vit_base_patch16_*"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].split() == ["vit_base_patch16_224", "86,567,656", "17.564", "3x224x224"]
+    main(["recipes"])
+    assert "digits-vit" in capsys.readouterr().out
+    main(["train", "mnist-vit", "--help"])
+    shown = capsys.readouterr().out
+    assert "--optim.lr [" in shown
+    assert "vit_mnist_2blk" in shown
+
+
+def _readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line.removeprefix("vitrail ") for line in lines if line.startswith("vitrail ")]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(_readme_commands()) >= 6
+
+
+@pytest.mark.parametrize("command", _readme_commands())
+def test_readme_commands_run(command: str, run: Run) -> None:
+    if command.startswith("train"):
+        command += " --dry-run"
+    code, _, said = run(command)
+    if "put " in said and "parquet" in said:
+        pytest.skip("the data set of this command is not at hand")
+    assert code == 0, said
+
+
+def test_readme_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_picture_of_the_readme_is_there() -> None:
+    pictures = re.findall(r'(?:!\[[^]]*\]\(|src=")([^)"]+)', (ROOT / "README.md").read_text())
+    assert len(pictures) >= 3
+    for picture in pictures:
+        assert (ROOT / picture).is_file(), picture
