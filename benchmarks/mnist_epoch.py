@@ -17,7 +17,8 @@ to the next, and each epoch starts from the same weights. The loop is the packag
 steps and the checkpoint at the end), so model, precision, optimiser and number of steps are equal; building
 the model is not timed, starting the workers is. Both draw from the same ranges of angle, shift and scale, but
 not the same numbers: the training loss of the last steps, written beside the times, shows that both learn the
-same thing. All 60,000 training images are used. `--quick` is a smoke test: 2,000 images, once.
+same thing. An epoch goes over all 60,000 training images; both leave out the last batch, which is not full.
+`--quick` is a smoke test: 2,000 images, once.
 """
 
 from __future__ import annotations

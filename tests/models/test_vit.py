@@ -250,8 +250,12 @@ def test_mlp_head_and_layer_scale_are_really_there() -> None:
 
 
 def test_initialisation_is_as_documented() -> None:
-    model = build_model("vit_small_patch16_224")
-    assert model.blocks[3].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    model = build_model("vit_small_patch16_224", depth=2)
+    xavier = (2 / (384 + 1536)) ** 0.5
+    assert model.blocks[1].mlp.fc1.weight.std().item() == pytest.approx(xavier, rel=0.05)
+    assert build_model("vit_tiny_patch16_224", depth=1, init="trunc_normal").blocks[
+        0
+    ].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
     assert not model.blocks[0].attn.qkv.bias.any()
 
@@ -295,3 +299,30 @@ def test_layers_out_of_range_are_refused() -> None:
 def test_short_names_and_patterns() -> None:
     assert model_config("vit_base") == model_config("vit_base_patch16_224")
     assert list_models("vit_huge*") == ["vit_huge_patch14_224"]
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize(
+    "changes", [{}, {"registers": 2, "qkv_bias": False, "qk_norm": True, "fc_norm": True}]
+)
+def test_logits_from_the_class_token_alone_equal_the_full_ones(position: str, changes: dict) -> None:
+    torch.manual_seed(0)
+    model = build_model("vit_cifar_plain", position=position, depth=2, embed_dim=32, **changes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    images = torch.randn(3, 3, 24, 40)
+    results = []
+    for full in (False, True):
+        model.zero_grad()
+        logits = model.forward_head(model.forward_features(images)) if full else model(images)
+        logits.square().sum().backward()
+        results.append((logits, [parameter.grad.clone() for parameter in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
+
+
+def test_whoever_watches_the_last_block_sees_all_of_it() -> None:
+    model = build_model("vit_mnist_2blk").eval()
+    for name in ("blocks.1.attn.query", "blocks.1.out", "final"):
+        with record(model, name) as seen:
+            model(torch.randn(2, 1, 28, 28))
+        assert 17 in seen[name].shape

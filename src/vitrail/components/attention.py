@@ -84,7 +84,12 @@ class Attention(nn.Module):
         self.scores, self.weights, self.mixed = Tap(), Tap(), Tap()
 
     def forward(
-        self, x: Tensor, *, bias: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        *,
+        bias: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        queries: int | None = None,
     ) -> Tensor:
         """Attend among all tokens.
 
@@ -92,15 +97,25 @@ class Attention(nn.Module):
             x: [B, N, D].
             bias: Added to the scores, broadcastable to [B, H, N, N].
             rotary: Cosines and sines that rotate queries and keys, broadcastable to [B, H, N, d].
+            queries: How many tokens, from the first on, ask; None: all N. The others are only asked.
 
         Returns:
-            [B, N, D].
+            [B, N, D], or [B, queries, D].
         """
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
+        D = x.shape[2]
+        if queries is None:
+            q, k, v = (self._heads(part) for part in self.qkv(x).unflatten(2, (3, D)).unbind(2))
+        else:
+            to_q, to_kv = self.qkv.weight.split((D, 2 * D))
+            bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split((D, 2 * D))
+            q = self._heads(F.linear(x[:, :queries], to_q, bias_q))
+            k, v = (self._heads(part) for part in F.linear(x, to_kv, bias_kv).unflatten(2, (2, D)).unbind(2))
+            bias = None if bias is None else bias[..., :queries, :]
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            cosine, sine = rotary
+            q = rotate(q, cosine[..., :queries, :], sine[..., :queries, :])
+            k = rotate(k, cosine, sine)
         mixed = attend(
             self.query(q),
             self.key(k),
@@ -110,5 +125,9 @@ class Attention(nn.Module):
             bias=bias,
             dropout=self.attn_drop if self.training else 0.0,
         )
-        mixed = self.mixed(mixed.transpose(1, 2).reshape(B, N, D))
+        mixed = self.mixed(mixed.transpose(1, 2).flatten(2))  # [B, N, D]
         return self.proj_drop(self.proj(mixed))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, H, N, d]."""
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
