@@ -22,6 +22,7 @@ from vitrail.reporting import write_report
 
 PICTURES = {
     "attention",
+    "augmented",
     "calibration",
     "confusion",
     "curves",
@@ -124,12 +125,14 @@ def test_complete_run(tmp_path: Path) -> None:
     log_training(tmp_path)
     test = digits()
     evaluate(tmp_path, test)
+    np.save(tmp_path / "augmented.npy", test.images[:20])
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
     path = write_report(tmp_path, model=tiny(), preprocessing=preprocessing(test), test=test)
 
     assert path == tmp_path / "report.html"
     assert {file.stem for file in (tmp_path / "figures").iterdir()} == PICTURES
     assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "augmented.npy",
         "config.yaml",
         "evaluation",
         "figures",
@@ -244,7 +247,7 @@ def test_names_from_outside_are_escaped(tmp_path: Path) -> None:
     )
     assert {tag for tag, _ in tags.found}.isdisjoint({"script", "b"})
     assert all("onerror" not in attributes for _, attributes in tags.found)
-    assert len([tag for tag, _ in tags.found if tag == "img"]) == len(PICTURES) - 3  # no training was logged
+    assert len([tag for tag, _ in tags.found if tag == "img"]) == len(PICTURES) - 4  # no training was logged
     assert "<script>alert(1)</script>" in tags.text
     assert "{{ 7 * 7 }}" in tags.text
 

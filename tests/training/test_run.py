@@ -51,8 +51,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     assert names == {
-        "config.yaml", "metrics.jsonl", "manifest.json", "checkpoints/last.pt", "model/config.json",
-        "model/model.safetensors", "evaluation/digits-test.json", "evaluation/digits-test.npz",
+        "config.yaml", "augmented.npy", "metrics.jsonl", "manifest.json", "checkpoints/last.pt",
+        "model/config.json", "model/model.safetensors", "evaluation/digits-test.json", "evaluation/digits-test.npz",
         "evaluation/digits-test-confusion.csv",
     }  # fmt: skip
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]

@@ -7,8 +7,8 @@ Transformers Need Registers"; Hassani et al. 2021 (sequence pooling). Parameter 
 checkpoints load strictly.
 
 What differs from the paper: the head is one linear layer (the paper's pre-training head has a hidden tanh
-layer; `head="mlp"` gives a hidden GELU layer). `prefix_position=False` adds positions to the patches only and prepends the prefix
-afterwards (timm: `no_embed_class`).
+layer; `head="mlp"` gives a hidden GELU layer). `prefix_position=False` adds positions to the patches only and
+prepends the prefix afterwards (timm: `no_embed_class`).
 """
 
 from __future__ import annotations
@@ -400,7 +400,7 @@ VARIANTS: dict[str, ViTConfig] = {
         pool="seqpool",
     ),
     "vit_cifar_plain": ViTConfig(
-        img_size=32, patch_size=4, num_classes=10, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2.0
+        img_size=32, patch_size=4, num_classes=10, embed_dim=96, depth=4, num_heads=4, mlp_ratio=2.0
     ),
     "vit_cifar": ViTConfig(
         img_size=32,

@@ -78,7 +78,8 @@ def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, tes
     model.eval()
 
     drawn = (
-        _draw_training(lines, metrics)
+        _draw_augmented(run / "augmented.npy")
+        | _draw_training(lines, metrics)
         | _draw_test(test, evaluation)
         | _draw_inside(model, preprocessing, test)
     )
@@ -145,6 +146,13 @@ def _read_evaluation(run: Path, test: ImageSet) -> Evaluation | None:
 
 Drawn = dict[str, Figure | str]
 """Pictures by file name; a sentence where there is none, and why."""
+
+
+def _draw_augmented(path: Path) -> Drawn:
+    if not path.is_file():
+        return {"augmented": "The run has stored no training images."}
+    images = torch.from_numpy(np.load(path))
+    return {"augmented": image_grid(images, [""] * len(images), columns=5)}
 
 
 def _draw_training(lines: Mapping[str, list[dict[str, Any]]], metrics: ClassificationMetrics | None) -> Drawn:

@@ -3,7 +3,8 @@
 runs/<name>/
   config.yaml        the resolved config; `vitrail train runs/<name>/config.yaml` repeats the run
   metrics.jsonl      one record a line, while the run goes
-  checkpoints/       last.pt, from which --train.resume goes on
+  augmented.npy      the first training images as the model saw them, uint8 [N, C, H, W]
+      checkpoints/       last.pt, from which --train.resume goes on
   model/             the model folder
   evaluation/        accuracy, per-class numbers, probabilities on the test images
   manifest.json      versions, hardware, data, seeds, images seen, compute, time
@@ -11,6 +12,7 @@ runs/<name>/
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -26,6 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -160,6 +163,7 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
     stored = config.model_copy(update={"train": config.train.model_copy(update=again)})
     write_whole(folder / "config.yaml", stored.to_yaml())
     section, splits, plan = config.train, run.splits, run.plan
+    write_whole(folder / "augmented.npy", _augmented_examples(run))
     device = run.accelerator.device
     average = average_of(run.task.trained(), section.ema) if section.ema else None
 
@@ -330,6 +334,17 @@ def training_batches(run: Run, start: int) -> Iterator[Batch]:
                 pixels, targets = mix(pixels, targets, generator)
             yield {"images": pixels, "targets": targets}
             step += 1
+
+
+def _augmented_examples(run: Run, most: int = 20) -> bytes:
+    """The first training images after augmentation, before normalisation, as an .npy file."""
+    images = next(training_batches(run, 0))["images"][:most].cpu()
+    mean, std = (
+        torch.tensor(own).view(1, -1, 1, 1) for own in (run.preprocessing.mean, run.preprocessing.std)
+    )
+    content = io.BytesIO()
+    np.save(content, ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    return content.getvalue()
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
