@@ -267,21 +267,18 @@ def _report(options: argparse.Namespace) -> None:
 def _models(options: argparse.Namespace) -> None:
     import torch
 
-    from vitrail.evaluation.cost import count_macs, count_parameters
+    from vitrail.evaluation.cost import count_parameters
     from vitrail.models import build_model, list_models
 
     names = list_models(options.pattern)
     if not names:
         raise ValueError(f"no model matches {options.pattern!r}; `vitrail models` lists all")
-    print(f"{'model':<28}{'parameters':>14}{'GMACs':>10}{'image':>12}")
+    print(f"{'model':<28}{'parameters':>14}{'image':>14}")
     for name in names:
         with torch.device("meta"):
             model = build_model(name)
-        config = model.config
-        height, width = config.image_shape
-        macs = count_macs(model, (config.in_chans, height, width))
-        size = f"{config.in_chans}x{height}x{width}"
-        print(f"{name:<28}{count_parameters(model):>14,}{macs / 1e9:>10.3f}{size:>12}")
+        size = "x".join(str(number) for number in (model.config.in_chans, *model.config.image_shape))
+        print(f"{name:<28}{count_parameters(model):>14,}{size:>14}")
 
 
 def _recipes(_options: argparse.Namespace) -> None:

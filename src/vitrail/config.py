@@ -149,8 +149,8 @@ class TrainSection(_Section):
     """Images a step in evaluation."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto is bfloat16 on a GPU that has it, and float32 elsewhere; fp16 needs a GPU."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes a GPU where there is one."""
     ema: FractionBelowOne = 0.0
     """Decay of the moving average of the weights that is evaluated and saved; 0 switches it off."""
     progressive: dict[str, int] = Field(default_factory=dict)

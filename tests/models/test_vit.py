@@ -34,7 +34,7 @@ PARAMETERS = {
     "vit_mnist_2blk": 105_098,
     "vit_mnist_small": None,
     "vit_cifar": None,
-    "vit_cifar_plain": None,
+    "vit_cifar_plain": 1_806_538,
 }
 AT_MOST = {
     "vit_mnist_small": 206_000,
@@ -190,7 +190,7 @@ def test_keeping_all_patches_in_any_order_changes_nothing(position: str) -> None
     with torch.no_grad():
         full, kept = model.forward_features(images), model.forward_features(images, keep=order)
     torch.testing.assert_close(kept.prefix, full.prefix, atol=1e-5, rtol=0)
-    expected = full.patches.gather(1, order[:, :, None].expand(-1, -1, 96))
+    expected = full.patches.gather(1, order[:, :, None].expand(-1, -1, 192))
     torch.testing.assert_close(kept.patches, expected, atol=1e-5, rtol=0)
 
 
@@ -203,7 +203,7 @@ def test_keep_hides_what_was_dropped() -> None:
     with torch.no_grad():
         kept = model.forward_features(images, keep=keep)
         assert torch.equal(kept.patches, model.forward_features(other, keep=keep).patches)
-    assert kept.patches.shape == (1, 3, 96)
+    assert kept.patches.shape == (1, 3, 192)
     with pytest.raises(ValueError, match="3 of 64 patches were kept"):
         kept.map()
 
@@ -215,8 +215,8 @@ def test_fill_replaces_patches_before_positions() -> None:
     other = images.clone()
     other[:, :, :4, 4:8] = 9.0
     with torch.no_grad():
-        a = model.forward_features(images, fill=(mask, torch.ones(96)))
-        b = model.forward_features(other, fill=(mask, torch.ones(96)))
+        a = model.forward_features(images, fill=(mask, torch.ones(192)))
+        b = model.forward_features(other, fill=(mask, torch.ones(192)))
         plain = model.forward_features(images)
     assert torch.equal(a.patches, b.patches)
     assert not torch.allclose(a.patches, plain.patches)
@@ -274,10 +274,10 @@ def test_tokens_and_positions_have_no_weight_decay(position: str) -> None:
         ({"depht": 2}, "no option 'depht': did you mean depth"),
         ({"depth": "two"}, "option depth: .*got 'two'"),
         ({"position": "polar"}, "option position"),
-        ({"num_heads": 5}, "embed_dim 96 is not divisible by num_heads 5"),
+        ({"num_heads": 5}, "embed_dim 192 is not divisible by num_heads 5"),
         ({"class_token": False}, "pool 'cls' needs class_token"),
         ({"depth": 0}, "depth must be at least 1"),
-        ({"position": "rotary", "num_heads": 48}, "divisible by 4, got 2"),
+        ({"position": "rotary", "num_heads": 96}, "divisible by 4, got 2"),
     ],
 )
 def test_bad_options_get_one_line(changes: dict, message: str) -> None:

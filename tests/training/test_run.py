@@ -52,8 +52,8 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     assert names == {
         "config.yaml", "augmented.npy", "metrics.jsonl", "manifest.json", "checkpoints/last.pt",
-        "model/config.json", "model/model.safetensors", "evaluation/digits-test.json", "evaluation/digits-test.npz",
-        "evaluation/digits-test-confusion.csv",
+        "model/config.json", "model/model.safetensors", "evaluation/digits-test.json",
+        "evaluation/digits-test.npz", "evaluation/digits-test-confusion.csv",
     }  # fmt: skip
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     train_records = [record for record in records if record["kind"] == "train"]
@@ -132,9 +132,12 @@ def test_resuming_needs_a_checkpoint_that_fits(finished: Path, tmp_path: Path) -
 
 def test_a_full_folder_is_not_touched(finished: Path, tmp_path: Path) -> None:
     before = _weights(finished)
-    with pytest.raises(ValueError, match=r"not empty: go on with --train.resume"):
+    with pytest.raises(ValueError, match=r"not empty: go on with --resume"):
         train(_config(), finished, command="")
     assert all(torch.equal(before[key], value) for key, value in _weights(finished).items())
+    with pytest.raises(ValueError, match="unknown model"):
+        train(_config(train__overwrite=True, model__name="vit_nothing"), finished, command="")
+    assert (finished / "model" / "model.safetensors").exists()
     other = tmp_path / "letters"
     other.mkdir()
     (other / "dear.txt").write_text("keep me")
@@ -195,6 +198,24 @@ def test_the_moving_average_is_the_formula() -> None:
     torch.testing.assert_close(average.module.weight, expected)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_not_replaced_silently() -> None:
+    with pytest.raises(ValueError, match=r"train\.device cuda is not here: accelerate offers"):
+        prepare(_config(train__device="cuda"))
+
+
+def test_bfloat16_follows_float32(tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        train(_config(train__precision=precision), tmp_path / precision, command="")
+        records = [
+            json.loads(line) for line in (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
+        ]
+        losses[precision] = [record["loss"] for record in records if record["kind"] == "train"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != losses["fp32"]
+
+
 @pytest.mark.parametrize("name", sorted(list_recipes()))
 def test_every_recipe_builds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(name)
@@ -219,6 +240,7 @@ def test_every_recipe_builds(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         ({"model__num_classes": 3}, "num_classes 3 does not fit digits, which has 10"),
         ({"model__in_chans": 3}, "model.in_chans 3 does not fit digits, which has 1"),
         ({"train__precision": "fp16"}, "fp16 needs a GPU"),
+        ({"train__device": "tpu"}, "train.device"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(changes: dict, message: str, tmp_path: Path) -> None:

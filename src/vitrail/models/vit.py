@@ -400,7 +400,7 @@ VARIANTS: dict[str, ViTConfig] = {
         pool="seqpool",
     ),
     "vit_cifar_plain": ViTConfig(
-        img_size=32, patch_size=4, num_classes=10, embed_dim=96, depth=4, num_heads=4, mlp_ratio=2.0
+        img_size=32, patch_size=4, num_classes=10, embed_dim=192, depth=6, num_heads=4, mlp_ratio=2.0
     ),
     "vit_cifar": ViTConfig(
         img_size=32,

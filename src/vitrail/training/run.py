@@ -31,10 +31,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn import functional as F
 
-from vitrail.config import RunConfig, steps
+from vitrail.config import RunConfig, TrainSection, steps
 from vitrail.datasets import ImageSet, Preprocessing, Splits, batches, load_dataset, steps_per_epoch
 from vitrail.evaluation.cost import count_macs, count_parameters
 from vitrail.evaluation.inference import predict_logits
@@ -79,11 +80,8 @@ def prepare(config: RunConfig) -> Run:
     Raises:
         ValueError: Anything in the config that does not exist or does not fit, in one line.
     """
-    train = config.train
-    accelerator = Accelerator(
-        cpu=(train.device == "cpu"), mixed_precision=_precision(train.precision, train.device)
-    )
-    data = config.data
+    train, data = config.train, config.data
+    accelerator = _accelerator(train)
     splits = load_dataset(
         data.name,
         root=data.root,
@@ -155,8 +153,9 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
     Raises:
         ValueError: Anything that does not fit, before anything is written; a loss that is not finite.
     """
-    _claim(folder, config)
+    _check_free(folder, config.train)
     run = prepare(config)
+    _make_run_folder(folder, config.train)
     began, cpu_began = time.time(), _cpu_seconds()
     # Where the run lies is part of it; whether it was resumed or replaced another one is not.
     again = {"output": folder, "resume": False, "overwrite": False}
@@ -375,25 +374,44 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _claim(folder: Path, config: RunConfig) -> None:
-    """Make the run folder, or refuse one that holds something."""
-    section = config.train
+def _check_free(folder: Path, section: TrainSection) -> None:
+    """Refuse a run folder that holds something, before anything is built."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give another run folder with --train.output")
-    holds_something = folder.is_dir() and any(folder.iterdir())
-    if holds_something and not section.resume:
-        if not section.overwrite:
-            raise ValueError(
-                f"run folder {folder} is not empty: go on with --train.resume true, replace it with "
-                "--train.overwrite true, or choose another with --train.output"
-            )
-        if not (folder / "config.yaml").exists():
-            raise ValueError(f"{folder} is not a run folder (no config.yaml): it is not replaced")
-        shutil.rmtree(folder)
+    if section.resume or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not section.overwrite:
+        raise ValueError(
+            f"run folder {folder} is not empty: go on with --resume, replace it with --overwrite, "
+            "or choose another with --output"
+        )
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} is not a run folder (no config.yaml): it is not replaced")
+
+
+def _make_run_folder(folder: Path, section: TrainSection) -> None:
+    """Make the run folder, empty unless the run resumes; `_check_free` has agreed."""
     try:
+        if folder.exists() and not section.resume:
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"run folder {folder} cannot be made: {error.strerror}") from None
+
+
+def _accelerator(section: TrainSection) -> Accelerator:
+    """accelerate, on the device and in the precision that were asked for."""
+    # accelerate keeps the first precision of a process for good; a notebook may train twice.
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        cpu=section.device == "cpu", mixed_precision=_precision(section.precision, section.device)
+    )
+    if section.device not in {"auto", accelerator.device.type}:
+        raise ValueError(
+            f"train.device {section.device} is not here: accelerate offers {accelerator.device.type}"
+        )
+    return accelerator
 
 
 def _precision(wanted: str, device: str) -> str:
