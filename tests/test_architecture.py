@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "evaluation": {"models.encoder", "datasets", "components", "files", "torchvision_ops"},
     "explain": {"components.tap", "models.encoder"},
     "reporting": {"explain", "evaluation", "datasets", "models.encoder", "config", "files"},
+    "studies": {"config", "explain", "files", "models", "training"},
     "serving": {"models", "pretrained", "datasets", "explain"},
 }
 FREE = {"cli", "__init__", "__main__"}

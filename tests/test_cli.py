@@ -64,7 +64,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
             [sys.executable, "-m", "vitrail", "--help"], capture_output=True, text=True, check=True
         )
         times.append(time.perf_counter() - began)
-    for verb in ("train", "evaluate", "predict", "report", "models", "recipes"):
+    for verb in ("train", "sweep", "evaluate", "predict", "report", "models", "recipes"):
         assert re.search(rf"^    {verb} ", done.stdout, re.MULTILINE)
     assert min(times) < 0.5
     code = (
@@ -121,6 +121,14 @@ def test_a_dry_run_trains_nothing(workplace: Path, run: Run) -> None:
         ("train digits-vit lr=1", "expected --section.key VALUE, got 'lr=1'"),
         ("train digits-vit --epochs many", "train.duration: expected a number with a unit"),
         ("train nowhere/config.yaml", "no recipe file"),
+        ("sweep digits-vit", "needs what to vary"),
+        ("sweep digits-vit --over depth", "expected section.key=VALUE"),
+        ("sweep digits-vit --over model.depth=1,2 --seeds few", "--seeds: expected a whole number"),
+        ("sweep digits-vit --over model.depht=1,2 --output runs/s", "no option 'depht': did you mean depth"),
+        (
+            "sweep digits-vit --variants augment",
+            "unknown set of variants 'augment': did you mean augmentation",
+        ),
         ("evaluate nowhere", "no run or model folder nowhere"),
         ("evaluate", "required: RUN"),
         ("predict nowhere a.png", "no run or model folder nowhere"),
@@ -191,6 +199,8 @@ def test_the_readme_has_commands() -> None:
 def test_readme_commands_run(command: str, run: Run) -> None:
     if command.startswith("train"):
         command += " --dry-run"
+    if command.startswith("sweep"):
+        command += f" {TINY}"
     code, _, said = run(command)
     if "put " in said and "parquet" in said:
         pytest.skip("the data set of this command is not at hand")

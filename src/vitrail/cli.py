@@ -49,6 +49,23 @@ short forms: {short}
 """
 
 
+_SWEEP_HELP = """\
+usage: vitrail sweep [RECIPE] (--over section.key=VALUE,... | --variants SET) [--seeds N] [--section.key VALUE]
+
+Train a recipe once for each combination of values and each seed; write a table, best validation first.
+
+  vitrail sweep digits-vit --over model.position=none,learned,sincos_2d,rotary --seeds 3
+  vitrail sweep digits-vit --over model.depth=2,4 --over optim.lr=1e-3,2e-3
+  vitrail sweep cifar10-vit --variants augmentation --epochs 10
+
+  --over KEY=A,B     values of one key; several --over give all combinations; lists: KEY=[[1, 2], [3, 4]]
+  --variants SET     a set of the package (augmentation), or a YAML file with name: {section.key: value}
+  --seeds N          seeds 0 to N-1 for every variant (default 1)
+
+A sweep that was stopped goes on where it was when the same command is given again.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; leaves with exit code 2 and one line on an error of the user's."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -75,6 +92,10 @@ def _run(words: list[str]) -> None:
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
     train = verbs.add_parser("train", help="train a model, test it, write its report", add_help=False)
     train.set_defaults(act=_train)
+    sweep = verbs.add_parser(
+        "sweep", help="train a recipe with some values varied, tell what is best", add_help=False
+    )
+    sweep.set_defaults(act=_sweep)
 
     evaluate = verbs.add_parser("evaluate", help="test a trained model on a data set")
     evaluate.add_argument("run", metavar="RUN", help="run folder or model folder")
@@ -102,8 +123,12 @@ def _run(words: list[str]) -> None:
     recipes = verbs.add_parser("recipes", help="list the recipes")
     recipes.set_defaults(act=_recipes)
 
+    # Both take any dotted key as a flag, which argparse cannot know.
     if words[:1] == ["train"]:
         _train(words[1:])
+        return
+    if words[:1] == ["sweep"]:
+        _sweep(words[1:])
         return
     options = parser.parse_args(words)
     options.act(options)
@@ -136,6 +161,62 @@ def _train(words: list[str]) -> None:
         f"(95 % interval {100 * low:.2f} to {100 * high:.2f}, {result.metrics.count} images)"
     )
     print(f"report {report}")
+
+
+def _sweep(words: list[str]) -> None:
+    if not words or {"-h", "--help"} & set(words):
+        print(_SWEEP_HELP, end="")
+        return
+    from vitrail.config import parse_value
+    from vitrail.studies import grid, load_variants, run_sweep, write_sweep
+
+    recipe = words[0] if not words[0].startswith("-") else None
+    over: dict[str, list[Any]] = {}
+    named: str | None = None
+    seeds, rest = 1, []
+    flags = iter(words[1:] if recipe else words)
+    for flag in flags:
+        if flag not in {"--over", "--variants", "--seeds"}:
+            rest.append(flag)
+            continue
+        value = next(flags, None)
+        if value is None:
+            raise ValueError(f"{flag} needs a value")
+        if flag == "--variants":
+            named = value
+        elif flag == "--seeds":
+            if not value.isdigit():
+                raise ValueError(f"--seeds: expected a whole number, got {value!r}")
+            seeds = int(value)
+        else:
+            key, equals, text = value.partition("=")
+            if not equals:
+                raise ValueError(f"--over: expected section.key=VALUE,VALUE,..., got {value!r}")
+            listed = (
+                parse_value(text) if text.startswith("[") else [parse_value(own) for own in text.split(",")]
+            )
+            over[key] = listed
+    if (named is None) == (not over):
+        raise ValueError(
+            "a sweep needs what to vary: either --over section.key=VALUE,VALUE,... or --variants SET"
+        )
+    overrides: dict[str, Any] = dict(parse_overrides(rest))
+    stem = Path(recipe).stem if recipe else "sweep"
+    folder = Path(overrides.pop("train.output", f"runs/{stem}-{named or 'sweep'}"))
+    variants = grid(over) if named is None else load_variants(named)
+    command = " ".join(["vitrail sweep", *(_quoted(word) for word in words)])
+    outcomes = []
+    for outcome in run_sweep(
+        recipe, variants, seeds=seeds, folder=folder, overrides=overrides, command=command
+    ):
+        outcomes.append(outcome)
+        table = write_sweep(folder, outcomes)
+        print(
+            f"{outcome.variant}, seed {outcome.seed}: test accuracy {100 * outcome.test_accuracy:.2f} %",
+            flush=True,
+        )
+    print(table, end="")
+    print(f"table {folder / 'sweep.md'}")
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:

@@ -227,7 +227,7 @@ def test_features_know_their_geometry() -> None:
         torch.randn(2, 3, 16, 40)
     )
     assert features.grid == (4, 10)
-    assert features.prefix.shape == (2, 3, 128)
+    assert features.prefix.shape == (2, 3, 192)
     assert torch.equal(features.map()[1, :, 2, 7], features.patches[1, 27])
 
 
