@@ -50,7 +50,7 @@ short forms: {short}
 
 
 _SWEEP_HELP = """\
-usage: vitrail sweep [RECIPE] (--over section.key=VALUE,... | --variants SET) [--seeds N] [--section.key VALUE]
+usage: vitrail sweep [RECIPE] (--over KEY=VALUE,... | --variants SET) [--seeds N] [--section.key VALUE]
 
 Train a recipe once for each combination of values and each seed; write a table, best validation first.
 

@@ -25,6 +25,7 @@ from vitrail.datasets import ImageSet, Preprocessing
 from vitrail.evaluation.metrics import ClassificationMetrics, Evaluation, read_evaluation
 from vitrail.explain.attention import attention_layers, class_attention
 from vitrail.explain.draw import INK, RED, image_grid, label, png, similarity_grid
+from vitrail.explain.health import LayerHealth, layer_health
 from vitrail.explain.positions import position_similarity
 from vitrail.files import write_whole
 from vitrail.models.encoder import Encoder
@@ -108,6 +109,7 @@ def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, tes
         finished=manifest.get("finished"),
         hardware=_machine(manifest.get("hardware", {})),
         command=manifest.get("command"),
+        health=_health(model, preprocessing, test),
         pictures=pictures,
         absent=absent,
         metrics=metrics,
@@ -230,6 +232,15 @@ def _draw_inside(model: Encoder, preprocessing: Preprocessing, test: ImageSet) -
     except ValueError as error:
         drawn["positions"] = f"{error}."
     return drawn
+
+
+def _health(
+    model: Encoder, preprocessing: Preprocessing, test: ImageSet, most: int = 32
+) -> list[LayerHealth]:
+    if not len(test):
+        return []
+    images, _ = test.batch(_sample(len(test))[:most])
+    return layer_health(model, preprocessing.prepare(images).to(next(model.parameters()).device))
 
 
 def _sample(N: int) -> np.ndarray:

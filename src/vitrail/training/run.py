@@ -16,7 +16,6 @@ import io
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -156,7 +155,7 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
     _check_free(folder, config.train)
     run = prepare(config)
     _make_run_folder(folder, config.train)
-    began, cpu_began = time.time(), _cpu_seconds()
+    began, cpu_began = time.time(), time.process_time()
     # Where the run lies is part of it; whether it was resumed or replaced another one is not.
     again = {"output": folder, "resume": False, "overwrite": False}
     stored = config.model_copy(update={"train": config.train.model_copy(update=again)})
@@ -217,7 +216,7 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
         "images_seen": images_seen,
         "training_petaflop": 3 * 2 * macs * images_seen / 1e15,
         "training_seconds": round(trained - began, 1),
-        "cpu_seconds": round(_cpu_seconds() - cpu_began, 1),
+        "cpu_seconds": round(time.process_time() - cpu_began, 1),
         "resumed": section.resume,
         "test_accuracy": metrics.accuracy,
         "data": {
@@ -432,11 +431,6 @@ def _without_decay(run: Run) -> set[str]:
     """Names in the task of the parameters that the model wants without weight decay."""
     exempt = {id(run.model.get_parameter(name)) for name in run.model.no_weight_decay()}
     return {name for name, parameter in run.task.named_parameters() if id(parameter) in exempt}
-
-
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def _cpu_name() -> str:
