@@ -50,7 +50,8 @@ from vitrail.config import AugmentSection, RunConfig, load_config
 from vitrail.datasets import ImageSet
 from vitrail.tasks import Batch
 from vitrail.training import Run, prepare
-from vitrail.training.loop import average_of, fit
+from vitrail.training.average import MovingAverage
+from vitrail.training.loop import fit
 from vitrail.training.optim import build_optimizer, learning_rate
 from vitrail.training.run import training_batches
 
@@ -115,7 +116,7 @@ def time_epoch(config: RunConfig, batches: Batches) -> tuple[float, float]:
     no_decay = {f"model.{name}" for name in run.model.no_weight_decay()}
     optimizer = build_optimizer(run.task, no_decay, optim)
     schedule = learning_rate(optim, plan.total, plan.steps_per_epoch, section.batch_size)
-    average = average_of(run.task.trained(), section.ema) if section.ema else None
+    average = MovingAverage(run.task.trained(), section.ema) if section.ema else None
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):
         metrics = Path(place) / "metrics.jsonl"
         began = time.perf_counter()

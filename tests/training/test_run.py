@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from vitrail.config import RunConfig, list_recipes, load_config
 from vitrail.training import estimate, prepare, train
 from vitrail.training import loop as training_loop
+from vitrail.training.average import MovingAverage
 from vitrail.training.run import training_batches
 
 TINY = {
@@ -186,16 +187,20 @@ def test_batches_start_anywhere_and_resize_progressively() -> None:
 
 
 def test_the_moving_average_is_the_formula() -> None:
-    model = torch.nn.Linear(2, 1)
-    average = training_loop.average_of(model, 0.9)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.BatchNorm1d(1))
+    average = MovingAverage(model, 0.9)
     expected = None
     for n in range(30):
         with torch.no_grad():
-            model.weight.normal_()
-        average.update_parameters(model)
+            model[0].weight.normal_()
+        model(torch.randn(4, 2))
+        average.update()
         decay = min(0.9, (1 + n) / (10 + n))
-        expected = model.weight.clone() if n == 0 else decay * expected + (1 - decay) * model.weight
-    torch.testing.assert_close(average.module.weight, expected)
+        weight = model[0].weight.detach()
+        expected = weight.clone() if n == 0 else decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(average.model[0].weight, expected)
+    assert average.model[1].num_batches_tracked == 30
+    assert not average.model[0].weight.requires_grad
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from vitrail.tasks import Batch, Task
+from vitrail.training.average import MovingAverage
 from vitrail.training.checkpoint import (
     load_checkpoint,
     random_state,
@@ -40,29 +40,6 @@ class Plan:
     save_every: int
 
 
-Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
-
-
-def average_of(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of weights and buffers.
-
-    The decay grows with the number n of averaged steps, min(decay, (1 + n) / (10 + n)), so that the random
-    start is forgotten soon, also in short runs.
-    """
-
-    @torch.no_grad()
-    def blend(averaged: Tensors, current: Tensors, _n: torch.Tensor | int) -> None:
-        n = int(average.n_averaged)  # lies on the CPU; the argument may not, and reading it would wait
-        weight = 1.0 - min(decay, (1 + n) / (10 + n))
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, weight)
-        else:
-            torch._foreach_copy_(averaged, current)  # counters, as in batch normalisation
-
-    average = AveragedModel(model, multi_avg_fn=blend, use_buffers=True)
-    return average
-
-
 def fit(
     task: Task,
     batches: Callable[[int], Iterator[Batch]],
@@ -72,7 +49,7 @@ def fit(
     schedule: Schedule,
     accelerator: Accelerator,
     clip_norm: float,
-    average: AveragedModel | None,
+    average: MovingAverage | None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None,
     checkpoint: Path,
     metrics: Path,
@@ -129,7 +106,7 @@ def fit(
             optimizer.zero_grad()
             task.after_step()
             if average is not None:
-                average.update_parameters(task.trained())
+                average.update()
 
             # Numbers: summed on the device, read only when a record is due.
             images += len(next(iter(batch.values())))
@@ -161,7 +138,7 @@ def fit(
 
             # Evaluate and save; their time is not part of the throughput.
             if evaluate is not None and (done % plan.eval_every == 0 or done == plan.total):
-                model = task.trained() if average is None else average.module
+                model = task.trained() if average is None else average.model
                 record = {"kind": "val", "step": done, "epoch": round(done / plan.steps_per_epoch, 4)}
                 log.write(record | evaluate(model))
             if done % plan.save_every == 0 or done == plan.total:
@@ -180,7 +157,7 @@ def fit(
 
 
 def _restore(
-    task: Task, optimizer: torch.optim.Optimizer, average: AveragedModel | None, checkpoint: Path
+    task: Task, optimizer: torch.optim.Optimizer, average: MovingAverage | None, checkpoint: Path
 ) -> int:
     """Load a checkpoint into everything; the number of steps done."""
     state = load_checkpoint(checkpoint)

@@ -44,7 +44,8 @@ from vitrail.models import Encoder
 from vitrail.pretrained import create_model, save_model
 from vitrail.tasks import Batch, Task, build_task
 from vitrail.training.augment import Augment
-from vitrail.training.loop import Plan, average_of, fit
+from vitrail.training.average import MovingAverage
+from vitrail.training.loop import Plan, fit
 from vitrail.training.mixing import Mix
 from vitrail.training.optim import build_optimizer, learning_rate
 
@@ -163,7 +164,7 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
     section, splits, plan = config.train, run.splits, run.plan
     write_whole(folder / "augmented.npy", _augmented_examples(run))
     device = run.accelerator.device
-    average = average_of(run.task.trained(), section.ema) if section.ema else None
+    average = MovingAverage(run.task.trained(), section.ema) if section.ema else None
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert splits.val is not None
@@ -193,7 +194,7 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
     )
     trained = time.time()
 
-    model = run.task.trained() if average is None else average.module
+    model = run.task.trained() if average is None else average.model
     assert isinstance(model, Encoder)
     save_model(
         folder / "model",
