@@ -58,7 +58,7 @@ from vitrail.training.run import training_batches
 RECIPE = "mnist-vit"
 TARGET = 3.0
 WORKERS = 2
-REPETITIONS = 5
+REPETITIONS = 3
 QUICK_IMAGES = 2_000
 
 Batches = Callable[[Run], Iterator[Batch]]
