@@ -171,7 +171,7 @@ def measure(quick: bool) -> dict[str, Any]:
     ready = next(training_batches(run, 0))
 
     # Untimed, so that memory is mapped and kernels are chosen.
-    time_epoch(config, lambda _: itertools.repeat(ready, 20))
+    time_epoch(config, lambda _: itertools.repeat(ready, 50))
     for batches in ways.values():
         list(itertools.islice(batches(run), 20))
 
