@@ -213,13 +213,46 @@ def steps(duration: str, *, batch_size: int, steps_per_epoch: int, total: int | 
 
 def list_recipes() -> dict[str, str]:
     """Recipe names with the first line of their header comment."""
-    folder = resources.files("vitrail") / "configs"
-    found = {}
-    for entry in folder.iterdir():
-        if entry.name.endswith(".yaml"):
-            first = entry.read_text().split("\n", 1)[0]
-            found[entry.name.removesuffix(".yaml")] = first.lstrip("# ")
-    return dict(sorted(found.items()))
+    return {name: text.split("\n", 1)[0].lstrip("# ") for name, text in shipped_yaml("configs").items()}
+
+
+def shipped_yaml(folder: str) -> dict[str, str]:
+    """Names and texts of the YAML files in a folder of the package, sorted by name."""
+    entries = sorted((resources.files("vitrail") / folder).iterdir(), key=lambda entry: entry.name)
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text()
+        for entry in entries
+        if entry.name.endswith(".yaml")
+    }
+
+
+def read_yaml(name: str | Path, folder: str, kind: str) -> dict[str, Any]:
+    """Read a YAML file: a path that ends in .yaml or .yml, or the name of one in a folder of the package.
+
+    Args:
+        name: The path or the name.
+        folder: Where the package keeps its own.
+        kind: What to call it in an error, such as "recipe".
+
+    Raises:
+        ValueError: No such file or name (the nearest is named), or its content is not a mapping.
+    """
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise ValueError(f"no {kind} file {path}")
+        text = path.read_text()
+    elif str(name) in (known := shipped_yaml(folder)):
+        text = known[str(name)]
+    else:
+        raise ValueError(f"unknown {kind} {str(name)!r}: {nearest(str(name), known)}")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{name}: expected names with values below them, got {type(tree).__name__}")
+    return tree
 
 
 def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -232,7 +265,7 @@ def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
     Raises:
         ValueError: Unknown recipe or key (with the nearest ones), or a value that does not fit, in one line.
     """
-    tree = _read(recipe)
+    tree = {} if recipe is None else read_yaml(recipe, "configs", "recipe")
     for key, value in (overrides or {}).items():
         _set(tree, key, parse_value(value) if isinstance(value, str) else value)
     try:
@@ -256,27 +289,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
-
-
-def _read(recipe: str | Path | None) -> dict[str, Any]:
-    if recipe is None:
-        return {}
-    path = Path(recipe)
-    if path.suffix in {".yaml", ".yml"}:
-        if not path.is_file():
-            raise ValueError(f"no recipe file {path}")
-        text = path.read_text()
-    elif str(recipe) in (known := list_recipes()):
-        text = (resources.files("vitrail") / "configs" / f"{recipe}.yaml").read_text()
-    else:
-        raise ValueError(f"unknown recipe {str(recipe)!r}: {nearest(str(recipe), known)}")
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{recipe} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{recipe}: expected sections such as model: and train:, got {type(tree).__name__}")
-    return tree
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

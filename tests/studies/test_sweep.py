@@ -99,5 +99,5 @@ def test_files_of_variants(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=r"mine\.yaml"):
             load_variants(path)
-    with pytest.raises(ValueError, match="no file of variants"):
+    with pytest.raises(ValueError, match="no set of variants file"):
         load_variants(tmp_path / "none.yaml")

@@ -19,15 +19,13 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib import resources
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
 
-from vitrail.config import RunConfig, load_config, nearest
+from vitrail.config import RunConfig, load_config, read_yaml, shipped_yaml
 from vitrail.explain.draw import png
 from vitrail.files import write_whole
 from vitrail.models import model_config
@@ -86,8 +84,7 @@ def grid(over: Mapping[str, Sequence[Any]]) -> Variants:
 
 def list_variant_sets() -> list[str]:
     """Names of the sets of variants that come with the package."""
-    folder = resources.files("vitrail") / "studies"
-    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return list(shipped_yaml("studies"))
 
 
 def load_variants(name: str | Path) -> Variants:
@@ -96,24 +93,10 @@ def load_variants(name: str | Path) -> Variants:
     Raises:
         ValueError: No such set, or a file of another shape.
     """
-    path = Path(name)
-    if path.suffix in {".yaml", ".yml"}:
-        if not path.is_file():
-            raise ValueError(f"no file of variants {path}")
-        text = path.read_text()
-    elif str(name) in list_variant_sets():
-        text = (resources.files("vitrail") / "studies" / f"{name}.yaml").read_text()
-    else:
-        raise ValueError(f"unknown set of variants {str(name)!r}: {nearest(str(name), list_variant_sets())}")
-    try:
-        variants = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(variants, dict) or not all(isinstance(own, dict) for own in variants.values()):
-        raise ValueError(
-            f"{name}: expected names with dotted keys and values, such as 'deep: {{model.depth: 6}}'"
-        )
-    return {str(variant): dict(changes) for variant, changes in variants.items()}
+    variants = read_yaml(name, "studies", "set of variants")
+    if not all(isinstance(changes, dict) for changes in variants.values()):
+        raise ValueError(f"{name}: expected dotted keys below each name, such as 'deep: {{model.depth: 6}}'")
+    return {str(variant): changes for variant, changes in variants.items()}
 
 
 def run_sweep(
