@@ -23,7 +23,7 @@ TINY = "--epochs 2 --model.depth 1 --model.embed_dim 16 --batch_size 256 --train
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run in runs/demo, made in a process of its own, and a digit to classify."""
     folder = tmp_path_factory.mktemp("work")
     words = [sys.executable, "-m", "vitrail", *shlex.split(f"train digits-vit --output runs/demo {TINY}")]
@@ -39,10 +39,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[str], tuple[int, str, str]]:
-    """Run a command line in the workplace -> exit code, what it printed, what it said on standard error."""
-    monkeypatch.chdir(workplace)
+    """Run a command line in the work_folder -> exit code, what it printed, what it said on standard error."""
+    monkeypatch.chdir(work_folder)
 
     def command(line: str) -> tuple[int, str, str]:
         code = 0
@@ -75,36 +75,36 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     assert loaded.stdout.splitlines()[-1] == "False"
 
 
-def test_a_run_leaves_a_report_and_is_not_overwritten(workplace: Path, run: Run) -> None:
-    assert "confusion" in (workplace / "runs" / "demo" / "report.html").read_text().lower()
-    assert (workplace / "runs" / "demo" / "figures" / "attention.png").stat().st_size > 5_000
+def test_a_run_leaves_a_report_and_is_not_overwritten(work_folder: Path, run: Run) -> None:
+    assert "confusion" in (work_folder / "runs" / "demo" / "report.html").read_text().lower()
+    assert (work_folder / "runs" / "demo" / "figures" / "attention.png").stat().st_size > 5_000
     code, _, said = run(f"train digits-vit --output runs/demo {TINY}")
     assert code == 2
     assert "not empty" in said
 
 
-def test_evaluate_predict_and_report_use_the_run(workplace: Path, run: Run) -> None:
+def test_evaluate_predict_and_report_use_the_run(work_folder: Path, run: Run) -> None:
     _, table, _ = run("evaluate runs/demo")
     assert "359 images" in table
     assert len(re.findall(r"^\d +3\d ", table, re.MULTILINE)) == 10
     numbers = json.loads(run("evaluate runs/demo/model --dataset digits --json")[1])
-    manifest = json.loads((workplace / "runs" / "demo" / "manifest.json").read_text())
+    manifest = json.loads((work_folder / "runs" / "demo" / "manifest.json").read_text())
     assert numbers["accuracy"] == manifest["test_accuracy"]
     assert re.match(r"docs/images/digit.png  \d \d+\.\d %", run("predict runs/demo docs/images/digit.png")[1])
     found = json.loads(run("predict runs/demo docs/images/digit.png --json --top 10")[1])
     assert sum(entry["confidence"] for entry in found["predictions"]) == pytest.approx(1.0, abs=1e-4)
-    (workplace / "runs" / "demo" / "report.html").unlink()
+    (work_folder / "runs" / "demo" / "report.html").unlink()
     assert run("report runs/demo")[1] == "report runs/demo/report.html\n"
-    assert (workplace / "runs" / "demo" / "report.html").exists()
+    assert (work_folder / "runs" / "demo" / "report.html").exists()
 
 
-def test_a_dry_run_trains_nothing(workplace: Path, run: Run) -> None:
+def test_a_dry_run_trains_nothing(work_folder: Path, run: Run) -> None:
     code, shown, _ = run(f"train digits-vit --output runs/dry {TINY} --dry-run")
     assert code == 0
     assert re.search(r"^parameters +[\d,]+$", shown, re.MULTILINE)
     assert re.search(r"estimated time +[\d.]+ s an epoch", shown)
     assert "name: vit_digits" in shown
-    assert not (workplace / "runs" / "dry").exists()
+    assert not (work_folder / "runs" / "dry").exists()
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,11 @@ def test_a_dry_run_trains_nothing(workplace: Path, run: Run) -> None:
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(
-    command: str, message: str, run: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, message: str, run: Run, work_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VITRAIL_DATA", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(workplace / "hub"))
+    monkeypatch.setenv("HF_HOME", str(work_folder / "hub"))
     code, _, said = run(command)
     assert code == 2
     assert said.startswith("vitrail: ")
@@ -207,8 +207,8 @@ def test_readme_commands_run(command: str, run: Run) -> None:
     assert code == 0, said
 
 
-def test_readme_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workplace)
+def test_readme_python_runs(work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work_folder)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
