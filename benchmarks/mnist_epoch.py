@@ -132,7 +132,6 @@ def time_epoch(config: RunConfig, batches: Batches) -> tuple[float, float]:
             evaluate=None,
             checkpoint=Path(place) / "last.pt",
             metrics=metrics,
-            resume=False,
         )
         seconds = time.perf_counter() - began
         return seconds, json.loads(metrics.read_text().splitlines()[-1])["loss"]

@@ -374,7 +374,7 @@ def _recipes(_options: argparse.Namespace) -> None:
 def _print_train_help(config: RunConfig) -> None:
     short = ", ".join(f"--{name}" for name in _SHORT)
     print(_TRAIN_HELP.format(short=short), end="")
-    for section_name, field in type(config).model_fields.items():
+    for section_name in type(config).model_fields:
         section = getattr(config, section_name)
         print(f"{section_name}: {(type(section).__doc__ or '').strip()}")
         for name, inner in type(section).model_fields.items():
@@ -383,7 +383,6 @@ def _print_train_help(config: RunConfig) -> None:
             print(f"  --{section_name}.{name}{shown}\n      {inner.description}")
         for name, value in (section.model_extra or {}).items():
             print(f"  --{section_name}.{name} [{value}]")
-        del field
         print()
 
 

@@ -123,8 +123,10 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 def test_resuming_needs_a_checkpoint_that_fits(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no checkpoint .* to resume from"):
         train(_config(train__resume=True), tmp_path / "none", command="")
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="belongs to another model"):
         train(_config(train__resume=True, model__depth=2), finished, command="")
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
     (tmp_path / "bad" / "checkpoints").mkdir(parents=True)
     (tmp_path / "bad" / "checkpoints" / "last.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(ValueError, match="cannot be read"):

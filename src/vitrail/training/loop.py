@@ -53,7 +53,7 @@ def fit(
     evaluate: Callable[[nn.Module], dict[str, float]] | None,
     checkpoint: Path,
     metrics: Path,
-    resume: bool,
+    start: int = 0,
     compile: bool = False,  # noqa: A002  (the field's word)
 ) -> None:
     """Train a task in place.
@@ -68,15 +68,14 @@ def fit(
         clip_norm: Largest gradient norm; 0: no clipping.
         average: Moving average of the trained model, or None; it is what is evaluated.
         evaluate: Model -> {"loss", "accuracy"}, or None without validation images.
-        checkpoint: Where to save and to resume from.
+        checkpoint: Where to save.
         metrics: The `metrics.jsonl` to write.
-        resume: Go on from the checkpoint.
+        start: Steps that are done already, as `restore` told.
         compile: Run the task through torch.compile.
 
     Raises:
-        ValueError: The loss is not finite (the last checkpoint stays), or nothing to resume from.
+        ValueError: The loss is not finite (the last checkpoint stays).
     """
-    start = _restore(task, optimizer, average, checkpoint) if resume else 0
     prepared, optimizer = accelerator.prepare(task, optimizer)
     step_task = torch.compile(prepared) if compile else prepared
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
@@ -156,10 +155,17 @@ def fit(
                 since = time.perf_counter()
 
 
-def _restore(
+def restore(
     task: Task, optimizer: torch.optim.Optimizer, average: MovingAverage | None, checkpoint: Path
 ) -> int:
-    """Load a checkpoint into everything; the number of steps done."""
+    """Load a checkpoint into everything, the random state included.
+
+    Returns:
+        The number of steps done, for `fit`.
+
+    Raises:
+        ValueError: No checkpoint, a damaged one, or one of another model or optimiser.
+    """
     state = load_checkpoint(checkpoint)
     try:
         task.load_state_dict(state["task"])

@@ -45,7 +45,7 @@ from vitrail.pretrained import create_model, save_model
 from vitrail.tasks import Batch, Task, build_task
 from vitrail.training.augment import Augment
 from vitrail.training.average import MovingAverage
-from vitrail.training.loop import Plan, fit
+from vitrail.training.loop import Plan, fit, restore
 from vitrail.training.mixing import Mix
 from vitrail.training.optim import build_optimizer, learning_rate
 
@@ -156,15 +156,19 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
     _check_free(folder, config.train)
     run = prepare(config)
     _make_run_folder(folder, config.train)
+    section, splits, plan = config.train, run.splits, run.plan
+    device = run.accelerator.device
     began, cpu_began = time.time(), time.process_time()
+    optimizer = build_optimizer(run.task, _without_decay(run), config.optim)
+    average = MovingAverage(run.task.trained(), section.ema) if section.ema else None
+    # Before anything is written: a config that does not fit the checkpoint must leave the run as it is.
+    checkpoint = folder / "checkpoints" / "last.pt"
+    start = restore(run.task, optimizer, average, checkpoint) if section.resume else 0
     # Where the run lies is part of it; whether it was resumed or replaced another one is not.
     again = {"output": folder, "resume": False, "overwrite": False}
     stored = config.model_copy(update={"train": config.train.model_copy(update=again)})
     write_whole(folder / "config.yaml", stored.to_yaml())
-    section, splits, plan = config.train, run.splits, run.plan
     write_whole(folder / "augmented.npy", _augmented_examples(run))
-    device = run.accelerator.device
-    average = MovingAverage(run.task.trained(), section.ema) if section.ema else None
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert splits.val is not None
@@ -181,15 +185,15 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
         run.task,
         lambda start: training_batches(run, start),
         plan=plan,
-        optimizer=build_optimizer(run.task, _without_decay(run), config.optim),
+        optimizer=optimizer,
         schedule=learning_rate(config.optim, plan.total, plan.steps_per_epoch, section.batch_size),
         accelerator=run.accelerator,
         clip_norm=config.optim.clip_norm,
         average=average,
         evaluate=evaluate if splits.val is not None else None,
-        checkpoint=folder / "checkpoints" / "last.pt",
+        checkpoint=checkpoint,
         metrics=folder / "metrics.jsonl",
-        resume=section.resume,
+        start=start,
         compile=section.compile,
     )
     trained = time.time()
