@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from PIL import Image
 
 from vitrail.datasets import SOURCES
 
+# So that tests can import odd_images, which lies beside them.
+sys.path.append(str(Path(__file__).parent))
+
 
 def _png(array: np.ndarray) -> bytes:
     """Encode uint8 [C, H, W] without loss."""
@@ -26,7 +30,12 @@ def _png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _write_parquet(path: Path, columns: dict[str, list[Any]], features: dict[str, Any] | None = None) -> None:
+def _write_parquet(
+    path: Path,
+    columns: dict[str, list[Any]],
+    features: dict[str, Any] | None = None,
+    rows_a_group: int | None = None,
+) -> None:
     """Write columns as the hub does; `image` and `img` are lists of encoded bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {}
@@ -35,11 +44,11 @@ def _write_parquet(path: Path, columns: dict[str, list[Any]], features: dict[str
             kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
             arrays[name] = pa.array([{"bytes": value, "path": None} for value in values], kind)
         else:
-            arrays[name] = pa.array(values, pa.int64())
+            arrays[name] = pa.array(values)
     table = pa.table(arrays)
     if features is not None:
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    pq.write_table(table, path)
+    pq.write_table(table, path, row_group_size=rows_a_group)
 
 
 def _write_source(folder: Path, name: str, train: int = 40, test: int = 20) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from vitrail.datasets import ImageSet, load_dataset, resident
+from vitrail.datasets import ImageSet, cache, load_dataset, resident
 
 
 @pytest.fixture
@@ -25,9 +26,9 @@ def decoded(monkeypatch) -> list[Path]:
     calls = []
     decode = resident._decode
 
-    def counted(folder, files, columns):
-        calls.append(folder)
-        decode(folder, files, columns)
+    def counted(items, geometry, path):
+        calls.append(path.parent)
+        return decode(items, geometry, path)
 
     monkeypatch.setattr(resident, "_decode", counted)
     return calls
@@ -38,7 +39,7 @@ def load(root: Path) -> ImageSet:
 
 
 def cached(root: Path) -> list[Path]:
-    return sorted((root / "cache" / "datasets").iterdir())
+    return sorted((root / "cache" / "datasets").glob("*"))
 
 
 def test_decoded_once_and_mapped_afterwards(root, decoded) -> None:
@@ -75,10 +76,9 @@ def test_a_damaged_cache_is_made_again(root, decoded, victim) -> None:
 def test_a_killed_writer_leaves_nothing_that_counts(root, monkeypatch) -> None:
     decode = resident._decode
 
-    def killed(folder, files, columns):
-        decode(folder, files, columns)
-        (folder / "meta.json").unlink()
-        os.rename(folder, folder.with_name(folder.name.replace("-v1.", "-v1.dead")))
+    def killed(items, geometry, path):
+        decode(items, geometry, path)
+        os.rename(path.parent, path.parent.with_name(path.parent.name.replace("-v2.", "-v2.dead")))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(resident, "_decode", killed)
@@ -92,7 +92,7 @@ def test_a_killed_writer_leaves_nothing_that_counts(root, monkeypatch) -> None:
     for folder in cached(root):
         if folder != leftover:
             (folder / "meta.json").unlink()
-    long_ago = time.time() - 2 * resident._LEFTOVER_AGE_S
+    long_ago = time.time() - 2 * cache._LEFTOVER_AGE_S
     os.utime(leftover, (long_ago, long_ago))
     assert len(load(root)) == 40
     assert leftover not in cached(root)
@@ -129,7 +129,8 @@ def message(root: Path) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the callers compare the text)
         load(root)
     assert "\n" not in str(caught.value)
-    assert cached(root) == []
+    # What is decoded is kept only where whole images are left, which may be asked for next.
+    assert len(cached(root)) == str(caught.value).endswith("leave them out with --data.broken skip")
     return str(caught.value)
 
 
@@ -153,8 +154,6 @@ def test_wrong_columns(root, write_parquet) -> None:
     path = root / "mnist" / "train-00000-of-00001.parquet"
     write_parquet(path, {"img": [b""], "label": [0]})
     assert message(root) == f"{path}: expected the columns image and label, got img, label"
-    write_parquet(path, {"image": [b""], "label": [0]})
-    assert message(root) == f"{path}, row 0: expected the bytes of an image in column image, got none"
 
 
 def test_image_column_of_another_type(root) -> None:
@@ -179,6 +178,7 @@ def test_rows_that_are_wrong(root, png, write_parquet) -> None:
         (good, None, "expected a label from 0 to 9 in column label, got None"),
     ):
         write_parquet(path, {"image": [good, good, image], "label": [0, 1, label]})
+        shutil.rmtree(root / "cache", ignore_errors=True)
         assert message(root).startswith(f"{path}, row 2: {expected}")
 
 
@@ -186,3 +186,37 @@ def test_meta_holds_the_shape(root) -> None:
     load(root)
     folder = next(folder for folder in cached(root) if "-train-" in folder.name)
     assert json.loads((folder / "meta.json").read_text())["shape"] == [40, 1, 28, 28]
+
+
+def test_broken_images_are_counted_then_refused_or_left_out(root, png, write_parquet, decoded) -> None:
+    path = root / "mnist" / "train-00000-of-00001.parquet"
+    good = [png(np.full((1, 28, 28), 20 * k, np.uint8)) for k in range(6)]
+    write_parquet(
+        path, {"image": [good[0], None, good[2], b"x", good[4], good[5]], "label": [0, 1, 2, 3, 4, 5]}
+    )
+    refused = (
+        f"{path}, row 1: expected the bytes of an image in column image, got none; 2 of 6 images are broken; "
+        "repair or remove them, or leave them out with --data.broken skip"
+    )
+    assert message(root) == refused
+    splits = load_dataset("mnist", root=root, val_fraction=0.0, broken="skip")
+    assert len(decoded) == 2  # train once for both, and test
+    assert splits.train.labels.tolist() == [0, 2, 4, 5]
+    assert_array_equal(splits.train.images[:, 0, 0, 0], [0, 40, 80, 100])
+    assert splits.skipped == (
+        (f"{path}, row 1", "expected the bytes of an image in column image, got none"),
+        (f"{path}, row 3", "expected an image, got a file of another kind"),
+    )
+    whole = ImageSet.from_arrays(splits.train.images, splits.train.labels)
+    assert splits.train.fingerprint == whole.fingerprint
+    with pytest.raises(ValueError, match="2 of 6 images are broken"):
+        load(root)
+    assert load_dataset("mnist", root=root, broken="skip").skipped == splits.skipped
+    assert len(decoded) == 2
+
+
+def test_all_broken_is_refused_even_if_they_may_be_left_out(root, write_parquet) -> None:
+    path = root / "mnist" / "train-00000-of-00001.parquet"
+    write_parquet(path, {"image": [b"x", b"y"], "label": [0, 1]})
+    with pytest.raises(ValueError, match=r"row 0: expected an image, .*; 2 of 2 images are broken$"):
+        load_dataset("mnist", root=root, broken="skip")

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from vitrail.datasets import SOURCES, list_datasets, load_dataset
+from vitrail.datasets import SOURCES, FileSet, from_dataset, list_datasets, load_dataset
 
 PARQUET = [name for name, source in SOURCES.items() if source.hub_id]
 
 
 def test_table_is_consistent() -> None:
     assert list_datasets() == sorted(
-        ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_coarse"]
+        ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_coarse", "imagenet"]
     )
     assert {len(SOURCES[name].classes) for name in ("digits", "mnist", "fashion_mnist", "cifar10")} == {10}
     assert len(SOURCES["cifar100"].classes) == 100
@@ -86,8 +86,6 @@ def test_hub_layout(name, tmp_path, write_source) -> None:
 
 def test_hub_object_gives_identical_images(tmp_path, write_source, monkeypatch) -> None:
     hub = pytest.importorskip("datasets")
-    from vitrail.datasets import ImageSet
-
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
     for name, column in (("mnist", None), ("cifar100", "fine_label"), ("cifar100_coarse", "coarse_label")):
         source = SOURCES[name]
@@ -95,7 +93,7 @@ def test_hub_object_gives_identical_images(tmp_path, write_source, monkeypatch) 
         local = load_dataset(name, root=tmp_path, val_fraction=0.0).train
         files = str(tmp_path / source.folder / "train-*.parquet")
         dataset = hub.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "hf"))
-        images = ImageSet.from_hub(dataset, label_column=column)
+        images = from_dataset(dataset, label_column=column)
         assert images.fingerprint == local.fingerprint
         assert images.classes == local.classes
 
@@ -240,3 +238,42 @@ def test_several_parts_are_read_in_order(tmp_path, write_source) -> None:
     train = load_dataset("mnist", root=tmp_path, val_fraction=0.0).train
     assert len(train) == 50
     assert_array_equal(train.images[10:], pixels["train"])
+
+
+def test_channels_on_request(tmp_path, write_source) -> None:
+    pixels = write_source(tmp_path / "mnist", "mnist")["train"]
+    source, colour = (
+        SOURCES["mnist"],
+        load_dataset("mnist", root=tmp_path, in_chans=3, val_fraction=0.0).train,
+    )
+    assert_array_equal(colour.images, np.repeat(pixels, 3, axis=1))
+    assert (colour.mean, colour.std) == (source.mean * 3, source.std * 3)
+    digits, grey = load_dataset("digits", in_chans=3).test, load_dataset("digits").test
+    assert_array_equal(digits.images, np.repeat(grey.images, 3, axis=1))
+    assert digits.mean == grey.mean * 3
+    write_source(tmp_path / "cifar10", "cifar10")
+    luminance = load_dataset("cifar10", root=tmp_path, in_chans=1, val_fraction=0.0).train
+    assert luminance.images.shape == (40, 1, 32, 32)
+    np.testing.assert_allclose(luminance.mean, (luminance.images / 255).mean())
+
+
+def test_files_on_request(tmp_path, write_source) -> None:
+    pixels = write_source(tmp_path / "cifar10", "cifar10")["train"]
+    files = load_dataset("cifar10", root=tmp_path, storage="files", val_fraction=0.0).train
+    assert isinstance(files, FileSet)
+    order = np.random.default_rng(0).permutation(40)
+    found, labels = files.batch(order)
+    assert_array_equal(found, pixels[order])
+    assert_array_equal(labels, order % 10)
+    assert (files.mean, files.std) == (SOURCES["cifar10"].mean, SOURCES["cifar10"].std)
+
+
+def test_a_known_set_keeps_its_size(tmp_path, write_source) -> None:
+    write_source(tmp_path / "mnist", "mnist")
+    assert load_dataset("mnist", root=tmp_path, img_size=224).train.img_size == (28, 28)
+
+
+def test_folders_that_are_not_there(tmp_path) -> None:
+    assert one_line(str(tmp_path / "none")) == f"no folder {tmp_path}/none"
+    assert one_line("./none/at/all") == "no folder ./none/at/all"
+    assert one_line("") == one_line("   ").replace("'   '", "''")

@@ -1,22 +1,29 @@
 """Images with labels: where they come from, how they are kept, read in batches and prepared for a model.
 
-`load_dataset("mnist")` gives the splits as image sets that are decoded once and memory-mapped afterwards;
-`batches` reads an image set in an order that only the seed and the epoch decide; `Preprocessing` is what
-travels with a model's weights, so that a photograph is prepared as the training images were.
+`load_dataset` takes a known name, a folder of images or a hub id, and `from_dataset` a Python object. What
+comes out are image sets, decoded once and memory-mapped afterwards, or file sets, decoded when they are read.
+`batches` reads either in an order that only the seed and the epoch decide; `Preprocessing` is what travels
+with a model's weights, so that a photograph is prepared as the training images were.
 """
 
+from vitrail.datasets.file_set import FileSet, Images
 from vitrail.datasets.images import ImageSet, stratified_split
 from vitrail.datasets.loading import batches, steps_per_epoch
-from vitrail.datasets.sources import SOURCES, Source, Splits, list_datasets, load_dataset
-from vitrail.datasets.transforms import Preprocessing
+from vitrail.datasets.sources import SOURCES, Source
+from vitrail.datasets.splits import Splits, from_dataset, list_datasets, load_dataset
+from vitrail.datasets.transforms import BrokenImageError, Preprocessing
 
 __all__ = [
     "SOURCES",
+    "BrokenImageError",
+    "FileSet",
     "ImageSet",
+    "Images",
     "Preprocessing",
     "Source",
     "Splits",
     "batches",
+    "from_dataset",
     "list_datasets",
     "load_dataset",
     "steps_per_epoch",

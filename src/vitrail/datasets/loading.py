@@ -1,13 +1,31 @@
-"""Batches in an order that is a pure function of seed and epoch, so that a killed run resumes exactly."""
+"""Batches in an order that is a pure function of seed and epoch, so that a killed run resumes exactly.
+
+`batches` reads one epoch. Training reads many, with a `BatchReader`, whose worker processes live as long as
+it does. An `ImageSet` is read in the process itself, because a batch is one indexed read; a `FileSet` is
+decoded by worker processes, a batch each, whose results wait in page-locked memory where there is a GPU.
+
+What a batch holds depends on seed, epoch and position alone: not on the number of workers, not on where
+reading started, and, for the images together, not on the number of processes that share each batch.
+"""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from vitrail.datasets.decode import random_crop
+from vitrail.datasets.file_set import FileSet, Images
 from vitrail.datasets.images import ImageSet
+
+_Pair = tuple[Tensor, Tensor]
 
 
 def steps_per_epoch(n: int, batch_size: int, drop_last: bool = True) -> int:
@@ -26,7 +44,7 @@ def steps_per_epoch(n: int, batch_size: int, drop_last: bool = True) -> int:
 
 
 def batches(
-    images: ImageSet,
+    images: Images,
     batch_size: int,
     *,
     seed: int,
@@ -34,22 +52,214 @@ def batches(
     shuffle: bool = True,
     drop_last: bool = True,
     start: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    workers: int = 0,
+    resized_crop: float | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Read one epoch of an image set in batches.
+    """Read one epoch in batches. Whoever reads several keeps a `BatchReader`.
 
     Args:
-        images: The set to read.
-        batch_size: Images a batch.
-        seed: Not negative; together with `epoch` it alone decides the order.
+        images: As in `BatchReader`, and so are those not named here.
         epoch: Counted from 0; every epoch has its own order.
-        shuffle: False reads in the order of the set.
-        drop_last: Leave out a last batch that is not full (unless it is the only one).
         start: Skip this many batches without reading them; the others are what they are without `start`.
 
     Yields:
         Images, uint8 [B, C, H, W], and labels, int64 [B].
+
+    Raises:
+        ValueError: As `BatchReader`.
     """
-    n = len(images)
-    order = np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
-    for step in range(start, steps_per_epoch(n, batch_size, drop_last)):
-        yield images.batch(order[step * batch_size : (step + 1) * batch_size])
+    reader = BatchReader(
+        images,
+        batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        shard=shard,
+        workers=workers,
+        resized_crop=resized_crop,
+    )
+    return reader.epoch(epoch, start)
+
+
+class BatchReader:
+    """Reads a set in batches, epoch after epoch, with the same worker processes.
+
+    The workers start with the first batch and end when the reader is no longer referred to, or this process
+    ends in whatever way. They ignore Ctrl-C, so that this process can finish a step and save.
+
+    Args:
+        images: The set to read.
+        batch_size: Images a batch, over all processes that share it.
+        seed: Not negative; decides, with the epoch, the order and the crops.
+        shuffle: False reads in the order of the set.
+        drop_last: Leave out a last batch that is not full (unless it is the only one).
+        shard: Number of this process and how many share each batch; each takes a contiguous part of it. A
+            batch that does not come out even is shared as evenly as it goes, and who gets nothing of it has
+            one batch less; a full batch of training (`drop_last`) must come out even.
+        workers: Processes that decode a `FileSet`, each with one thread; 0 decodes in this process. An
+            `ImageSet` needs none.
+        resized_crop: Smallest share of the area in a random resized crop of the original picture
+            (`decode.random_crop`), above 0 to 1; None takes the whole picture. Of a `FileSet` only: of an
+            `ImageSet` only the resized pictures are left, which are cropped in the batch.
+
+    Raises:
+        ValueError: A number out of range, or a crop of an `ImageSet`.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        shard: tuple[int, int] = (0, 1),
+        workers: int = 0,
+        resized_crop: float | None = None,
+    ) -> None:
+        steps_per_epoch(len(images), batch_size)
+        rank, world = shard
+        if not 0 <= rank < world:
+            raise ValueError(f"shard: expected a process from 0 and how many there are, got {shard}")
+        if drop_last and batch_size % world:
+            raise ValueError(f"batch_size: expected a multiple of the {world} processes, got {batch_size}")
+        if drop_last and 0 < len(images) < world:
+            raise ValueError(f"{images.name}: {len(images)} images are not enough for {world} processes")
+        if workers < 0:
+            raise ValueError(f"workers: expected at least 0, got {workers}")
+        if resized_crop is not None:
+            if isinstance(images, ImageSet):
+                raise ValueError(
+                    f"resized_crop: {images.name} is kept resized in memory, where no original pictures are "
+                    "left to crop; crop the batches, or load it with storage files"
+                )
+            if not 0.0 < resized_crop <= 1.0:
+                raise ValueError(f"resized_crop: expected above 0 to 1, got {resized_crop}")
+        self._images, self._batch_size, self._seed = images, batch_size, seed
+        self._shuffle, self._drop_last, self._shard = shuffle, drop_last, shard
+        self._decoder = _Decoder(images, seed, resized_crop) if isinstance(images, FileSet) else None
+        self._parts = _Parts()
+        self._loader = self._start(self._decoder, workers) if self._decoder and workers else None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read one epoch.
+
+        One epoch at a time: one that was left early cannot be gone on with after the next was begun.
+
+        Args:
+            epoch: Counted from 0; every epoch has its own order.
+            start: Skip this many batches without reading them.
+
+        Yields:
+            Images, uint8 [B, C, H, W], and labels, int64 [B].
+
+        Raises:
+            BrokenImageError: An image that cannot be decoded, when its batch is due.
+            ValueError: A worker process was killed.
+        """
+        parts = self._parts_of(epoch, start)
+        if self._decoder is None:
+            for part in parts:
+                yield self._images.batch(part.indices)
+        elif self._loader is None:
+            for part in parts:
+                yield _raised(self._decoder[part])
+        else:
+            self._parts.next = parts
+            yield from _from_workers(self._loader)
+
+    def _parts_of(self, epoch: int, start: int) -> Iterator[_Part]:
+        """This process's part of each batch."""
+        n, (rank, world) = len(self._images), self._shard
+        order = np.random.default_rng([self._seed, epoch]).permutation(n) if self._shuffle else np.arange(n)
+        for step in range(start, steps_per_epoch(n, self._batch_size, self._drop_last)):
+            first = step * self._batch_size
+            each, left = divmod(min(self._batch_size, n - first), world)
+            begin = first + rank * each + min(rank, left)
+            end = begin + each + (rank < left)
+            if begin < end:
+                yield _Part(indices=order[begin:end], epoch=epoch, first=begin)
+
+    def _start(self, decoder: _Decoder, workers: int) -> DataLoader[_Pair | ValueError]:
+        return DataLoader(
+            decoder,
+            batch_size=None,
+            sampler=self._parts,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=True,
+            worker_init_fn=_leave_interrupts_to_parent,
+            pin_memory=torch.cuda.is_available(),
+            # Without its own, every epoch would draw from the generator that dropout draws from.
+            generator=torch.Generator(),
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Part:
+    """The images of one batch that one process reads."""
+
+    indices: np.ndarray
+    """Positions in the set, int64 [B]."""
+    epoch: int
+    first: int
+    """Position of the first one in the order of the epoch."""
+
+
+class _Decoder(Dataset[_Pair | ValueError]):
+    """Decodes a part of a batch; runs in the worker processes."""
+
+    def __init__(self, images: FileSet, seed: int, resized_crop: float | None) -> None:
+        self.images, self.seed, self.resized_crop = images, seed, resized_crop
+
+    def __getitem__(self, part: _Part) -> _Pair | ValueError:
+        crops = None
+        if self.resized_crop is not None:
+            # From the position in the epoch, so that a crop is the same whoever makes it.
+            places = range(part.first, part.first + len(part.indices))
+            generators = [np.random.default_rng([self.seed, part.epoch, place]) for place in places]
+            crops = [partial(random_crop, smallest=self.resized_crop, generator=own) for own in generators]
+        try:
+            return self.images.batch(part.indices, crops)
+        except ValueError as error:
+            # As a value: the DataLoader would put a traceback into its message.
+            return error
+
+
+class _Parts:
+    """The sampler of a DataLoader whose worker processes stay while what it samples changes."""
+
+    def __init__(self) -> None:
+        self.next: Iterator[_Part] = iter(())
+
+    def __iter__(self) -> Iterator[_Part]:
+        return self.next
+
+
+def _from_workers(loader: DataLoader[_Pair | ValueError]) -> Iterator[_Pair]:
+    try:
+        for found in loader:
+            yield _raised(found)
+    except RuntimeError as error:
+        raise ValueError(
+            f"a worker process that decodes images ended ({' '.join(str(error).split())[:200]}); if memory "
+            "was short, take fewer workers or a smaller batch"
+        ) from None
+
+
+def _raised(found: _Pair | ValueError) -> _Pair:
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def _as_it_is(found: Any) -> Any:
+    """Instead of the DataLoader's own conversion, which makes lists of tuples."""
+    return found
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    # Ctrl-C reaches the whole process group, and the parent may want to finish its step and save.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,31 +1,33 @@
-"""Parquet files decoded once into uint8 arrays that later loads only map into memory.
+"""Images decoded once into one uint8 array that later loads only map into memory.
 
-The arrays lie in a cache folder named by the content of the files, so a changed file is decoded anew and an
-unchanged one never again. They are written to a folder of another name first and renamed, so that a killed
-process leaves nothing that looks complete, and two processes may do the same work at once.
+The array lies in the cache under a name that changes with the images, their labels, and the size and number
+of channels asked for: a changed set is decoded anew, and an unchanged one never again. Items without a key,
+which are in memory anyway, are decoded into memory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import secrets
-import shutil
-import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
+from PIL import Image
 
-from vitrail.datasets.images import content_hash
-from vitrail.datasets.transforms import decode_image
+from vitrail.datasets.cache import cached, digest
+from vitrail.datasets.images import channel_statistics, content_hash
+from vitrail.datasets.items import Items
+from vitrail.datasets.scan import decoded
+from vitrail.datasets.transforms import BrokenImageError, decode_image, is_grey, open_header, upright_size
 
-_FORMAT = 1
-_LEFTOVER_AGE_S = 24 * 3600
+_FORMAT = 2
+
+ONE_SIZE = "give one size to all with --model.img_size"
+
+Broken = Literal["refuse", "skip"]
+Skipped = tuple[tuple[str, str], ...]
+"""Sources of broken images with the reasons."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,63 +35,72 @@ class Resident:
     """Decoded images of one split."""
 
     images: np.ndarray
-    """uint8 [N, C, H, W], a read-only memory map."""
+    """uint8 [N, C, H, W], a read-only memory map where it is cached."""
     labels: np.ndarray
     """int64 [N]."""
     fingerprint: str
     """`content_hash` of both, as found when they were decoded."""
+    mean: tuple[float, ...]
+    """Mean of pixel / 255, a channel."""
+    std: tuple[float, ...]
+    """Standard deviation of the same."""
+    skipped: Skipped
+    """The images left out because they are broken."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
-    """What a parquet file has to hold."""
+class Geometry:
+    """How the images are to come out."""
 
-    image: str
-    """Column of encoded images, a struct with the field `bytes`."""
-    label: str
-    """Column of class numbers."""
-    shape: tuple[int, int, int]
-    """Channels, height and width of every image."""
-    num_classes: int
-    """Labels are 0 to this minus one."""
+    img_size: tuple[int, int] | None = None
+    """Height and width; that of the first image when not given."""
+    resize: bool = False
+    """Fit every image to `img_size`; without it, an image of another size is an error."""
+    in_chans: int | None = None
+    """1 or 3; when not given, 1 if every image is grey, else 3."""
 
 
-def load_resident(files: Sequence[Path], columns: Columns, *, name: str, split: str) -> Resident:
-    """Give the decoded content of parquet files, from the cache or decoded now.
+def load_resident(items: Items, geometry: Geometry, *, broken: Broken = "refuse") -> Resident:
+    """Give the decoded images of some items, from the cache or decoded now.
 
     Args:
-        files: The parts of one split, in order.
-        columns: What they hold.
-        name: Name of the data set, for the cache.
-        split: Name of the split, for the cache.
+        items: The images of one split.
+        geometry: Their size and channels.
+        broken: What to do with images that cannot be decoded: refuse all, or leave those out.
 
     Raises:
-        ValueError: A file is damaged or holds something else (the message names file and row), or the cache
-            folder cannot be written.
+        ValueError: An image is broken and refused, has another size, or the source is damaged (the message
+            names it), or the cache cannot be written.
     """
-    home = Path(os.environ.get("VITRAIL_CACHE") or Path.home() / ".cache" / "vitrail") / "datasets"
-    folder = home / f"{name}-{split}-{_hash(files)}-v{_FORMAT}"
-    found = _open(folder)
-    if found is None:
-        try:
-            found = _build(folder, files, columns)
-        except OSError as error:
-            raise ValueError(
-                f"cannot write decoded images to {home} ({error.strerror or error}): make room or set "
-                "VITRAIL_CACHE to another folder"
-            ) from None
+    if items.key is None:
+        found = _decode(items, geometry, None)
+    else:
+        name = f"{items.name}-{items.split}-{digest(items.key, geometry)}-v{_FORMAT}"
+        found = cached(name, lambda folder: _write(folder, items, geometry), _read)
+    check_broken(found.skipped, len(found.labels) + len(found.skipped), broken)
     return found
 
 
-def _hash(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:24]
+def check_broken(found: Skipped, total: int, broken: Broken) -> None:
+    """Refuse broken images unless they are to be left out.
+
+    Args:
+        found: Their sources with the reasons.
+        total: Number of all images.
+        broken: refuse or skip.
+
+    Raises:
+        ValueError: Some are broken and `broken` is refuse, or all are broken.
+    """
+    if not found or (broken == "skip" and len(found) < total):
+        return
+    source, reason = found[0]
+    rest = f"{len(found):,} of {total:,} images {'is' if len(found) == 1 else 'are'} broken"
+    todo = "" if broken == "skip" else "; repair or remove them, or leave them out with --data.broken skip"
+    raise ValueError(f"{source}: {reason}; {rest}{todo}")
 
 
-def _open(folder: Path) -> Resident | None:
+def _read(folder: Path) -> Resident | None:
     """Map what is in the cache; None where there is nothing, or something that was damaged since."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -98,112 +109,112 @@ def _open(folder: Path) -> Resident | None:
         labels = np.load(folder / "labels.npy")
         if list(images.shape) != meta["shape"] or len(labels) != len(images):
             return None
-        return Resident(images=images, labels=labels, fingerprint=meta["fingerprint"])
-    except (OSError, ValueError, KeyError, EOFError):
+        return Resident(
+            images=images,
+            labels=labels,
+            fingerprint=meta["fingerprint"],
+            mean=tuple(meta["mean"]),
+            std=tuple(meta["std"]),
+            skipped=tuple((source, reason) for source, reason in meta["skipped"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
 
-def _build(folder: Path, files: Sequence[Path], columns: Columns) -> Resident:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder.parent)
-    beside = folder.with_name(f"{folder.name}.{secrets.token_hex(6)}.tmp")
-    beside.mkdir()
-    try:
-        _decode(beside, files, columns)
-        if folder.exists() and _open(folder) is None:
-            shutil.rmtree(folder)
-        try:
-            beside.rename(folder)
-        except OSError:
-            # Another process was first: its arrays are the same.
-            if _open(folder) is None:
-                raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    found = _open(folder)
-    if found is None:
-        raise OSError(f"{folder} changed while it was written")
-    return found
-
-
-def _remove_leftovers(home: Path) -> None:
-    """Remove what killed processes left; what is younger may be another process at work."""
-    for leftover in home.glob("*.tmp"):
-        # Another process may remove it first.
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE_S:
-                shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _decode(folder: Path, files: Sequence[Path], columns: Columns) -> None:
-    tables = [_open_parquet(path, columns) for path in files]
-    total = sum(table.metadata.num_rows for table in tables)
-    # Written through a memory map, so that a set needs no memory of its own while it is decoded.
-    images = np.lib.format.open_memmap(
-        folder / "images.npy", mode="w+", dtype=np.uint8, shape=(total, *columns.shape)
-    )
-    labels = np.empty(total, dtype=np.int64)
-    at = 0
-    for path, table in zip(files, tables, strict=True):
-        for row, (encoded, label) in enumerate(_rows(path, table, columns)):
-            where = f"{path}, row {row}"
-            if not isinstance(label, int) or not 0 <= label < columns.num_classes:
-                raise ValueError(
-                    f"{where}: expected a label from 0 to {columns.num_classes - 1} in column "
-                    f"{columns.label}, got {label!r}"
-                )
-            if not encoded or not encoded.get("bytes"):
-                raise ValueError(
-                    f"{where}: expected the bytes of an image in column {columns.image}, got none"
-                )
-            array = decode_image(encoded["bytes"], where, columns.shape[0])
-            if array.shape != columns.shape:
-                raise ValueError(f"{where}: expected {_size(columns.shape)} pixels, got {_size(array.shape)}")
-            images[at], labels[at] = array, label
-            at += 1
-    images.flush()
-    np.save(folder / "labels.npy", labels)
-    meta = {"fingerprint": content_hash(images, labels), "shape": list(images.shape)}
+def _write(folder: Path, items: Items, geometry: Geometry) -> None:
+    made = _decode(items, geometry, folder / "images.npy")
+    np.save(folder / "labels.npy", made.labels)
+    meta = {
+        "fingerprint": made.fingerprint,
+        "shape": list(made.images.shape),
+        "mean": made.mean,
+        "std": made.std,
+        "skipped": made.skipped,
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _open_parquet(path: Path, columns: Columns) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _decode(items: Items, geometry: Geometry, path: Path | None) -> Resident:
+    """Decode into a file, or into memory where there is none."""
+    labels = items.labels  # before the images: a wrong label is found in a moment
+    first = None if geometry.img_size else first_size(items)
+    height, width = first[1] if first else geometry.img_size or (1, 1)
+    in_chans = geometry.in_chans or _channels(items)
+    shape = (len(items), in_chans, height, width)
+    # Written through a memory map, so that a set needs no memory of its own while it is decoded.
+    images = (
+        np.empty(shape, dtype=np.uint8)
+        if path is None
+        else np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    )
+    resize = (height, width) if geometry.resize else None
 
-    try:
-        table = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(_unreadable(path, error)) from None
-    schema = table.schema_arrow
-    if columns.image not in schema.names or columns.label not in schema.names:
-        raise ValueError(
-            f"{path}: expected the columns {columns.image} and {columns.label}, got {', '.join(schema.names)}"
-        )
-    kind = schema.field(columns.image).type
-    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        raise ValueError(f"{path}: expected column {columns.image} as a struct with bytes, got {kind}")
-    return table
+    def decode(encoded: bytes | Image.Image, source: str) -> np.ndarray:
+        return decode_image(encoded, source, in_chans, resize)
+
+    kept: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    for index, array in enumerate(decoded(items, decode)):
+        if isinstance(array, BrokenImageError):
+            skipped.append((array.source, array.reason))
+            continue
+        if array.shape[1:] != (height, width):
+            raise ValueError(
+                f"{items.source(index)}: expected {height}x{width} pixels"
+                f"{f' as in {items.source(first[0])}' if first else ''}, got "
+                f"{array.shape[1]}x{array.shape[2]}{f'; {ONE_SIZE}' if first else ''}"
+            )
+        images[len(kept)] = array
+        kept.append(index)
+    labels = labels[kept]
+    if skipped:
+        images = _shortened(images, len(kept), path)
+    if isinstance(images, np.memmap):
+        images.flush()
+    mean, std = channel_statistics(images)
+    return Resident(
+        images=images,
+        labels=labels,
+        fingerprint=content_hash(images, labels),
+        mean=mean,
+        std=std,
+        skipped=tuple(skipped),
+    )
 
 
-def _rows(path: Path, table: Any, columns: Columns) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Image struct and label of each row, a thousand rows in memory at a time."""
-    import pyarrow as pa
+def _shortened(images: np.ndarray, count: int, path: Path | None) -> np.ndarray:
+    """The first images only, written anew where they are in a file: its header states how many there are."""
+    if path is None:
+        return images[:count]
+    beside = path.with_name("whole.npy")
+    path.rename(beside)
+    shorter = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, *images.shape[1:]))
+    shorter[:] = images[:count]
+    beside.unlink()
+    return shorter
 
-    pieces = table.iter_batches(batch_size=1000, columns=[columns.image, columns.label])
-    while True:
+
+def first_size(items: Items) -> tuple[int, tuple[int, int]] | None:
+    """Position, and height and width upright, of the first image with a whole header."""
+    for index in range(len(items)):
         try:
-            piece = next(pieces, None)
-        except (OSError, pa.ArrowException) as error:
-            raise ValueError(_unreadable(path, error)) from None
-        if piece is None:
-            return
-        yield from zip(piece[columns.image].to_pylist(), piece[columns.label].to_pylist(), strict=True)
+            return index, upright_size(_header(items, index))
+        except BrokenImageError:
+            continue
+    return None
 
 
-def _unreadable(path: Path, error: Exception) -> str:
-    return f"{path}: expected a whole parquet file ({' '.join(str(error).split())[:200]}); download it again"
+def _channels(items: Items) -> int:
+    """3 where an image has colours; only headers are read, and in most sets that of the first image."""
+    for index in range(len(items)):
+        try:
+            if not is_grey(_header(items, index)):
+                return 3
+        except BrokenImageError:
+            continue
+    return 1
 
 
-def _size(shape: tuple[int, ...]) -> str:
-    return "x".join(str(side) for side in shape[1:])
+def _header(items: Items, index: int) -> Image.Image:
+    encoded = items.read(index)
+    return encoded if isinstance(encoded, Image.Image) else open_header(encoded, items.source(index))

@@ -1,19 +1,12 @@
-"""Known data sets by name: what they hold, where their files lie, and their splits."""
+"""The known small data sets: what they hold, and where their files lie."""
 
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from vitrail.config import nearest
-from vitrail.datasets.images import ImageSet, stratified_split
-from vitrail.datasets.resident import Columns, load_resident
-
-_CONNECT_TIMEOUT_S = 10.0
+from vitrail.datasets.hub import Files, hub_files, parquet_files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,16 +28,6 @@ class Source:
     mean: tuple[float, ...]
     """Mean of pixel / 255 over the training images, a channel."""
     std: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Splits:
-    """The parts of a data set."""
-
-    train: ImageSet
-    val: ImageSet | None
-    """Held out of the training images; None where nothing was to be held out."""
-    test: ImageSet
 
 
 # The hub's order, which is alphabetical.
@@ -172,113 +155,26 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def list_datasets() -> list[str]:
-    """The names that `load_dataset` knows."""
-    return sorted(SOURCES)
-
-
-def find_source(name: str) -> Source:
-    """Look up a data set by its name or its hub id.
-
-    Raises:
-        ValueError: The name is unknown; the message names the nearest.
-    """
+def find_source(name: str) -> Source | None:
+    """Look up a data set by its name or its hub id; None where nobody knows it."""
     for source in SOURCES.values():
         if name in (source.name, source.hub_id):
             return source
-    known = [*SOURCES, *(source.hub_id for source in SOURCES.values() if source.hub_id)]
-    raise ValueError(f"unknown data set {name!r}: {nearest(name, known)}")
+    return None
 
 
-def load_dataset(
-    name: str,
-    *,
-    root: str | os.PathLike[str] | None = None,
-    val_fraction: float = 0.1,
-    split_seed: int = 0,
-    train_fraction: float = 1.0,
-) -> Splits:
-    """Load a data set, from the first place that has it.
-
-    The places are `root`, the folder in the environment variable VITRAIL_DATA, the local cache of the Hugging
-    Face hub, and the hub itself. A root holds `<name>/` or `<owner>/<repository>/` with the hub's files
-    `train-*.parquet` and `test-*.parquet` at any depth.
-
-    Args:
-        name: A name of `list_datasets()`, or its hub id.
-        root: Folder with data sets.
-        val_fraction: Share of the training images held out, stratified by class, 0 to below 1.
-        split_seed: Decides which images are held out and, with `train_fraction`, which are used.
-        train_fraction: Share of the remaining training images to use, stratified by class, above 0 to 1. For
-            one seed, the images of a smaller share are among those of a larger one.
+def locate(source: Source, root: str | os.PathLike[str] | None) -> Files:
+    """The parquet files of the train and test split, from the first place that has them.
 
     Raises:
-        ValueError: The name is unknown, no place has the set, or its files are damaged; in one line.
+        ValueError: No place has them, or a place has a part of them.
     """
-    source = find_source(name)
-    if not 0.0 <= val_fraction < 1.0:
-        raise ValueError(f"val_fraction: expected 0 to below 1, got {val_fraction}")
-    if not 0.0 < train_fraction <= 1.0:
-        raise ValueError(f"train_fraction: expected above 0 to 1, got {train_fraction}")
-    train, test = _digits(source) if source.hub_id is None else _parquet(source, root)
-    val = None
-    if val_fraction > 0.0:
-        rest, held_out = stratified_split(train.labels, val_fraction, split_seed)
-        train, val = train.subset(rest), train.subset(held_out, split="val")
-    if train_fraction < 1.0:
-        used, _ = stratified_split(train.labels, 1.0 - train_fraction, split_seed)
-        train = train.subset(used)
-    return Splits(train=train, val=val, test=test)
-
-
-def _digits(source: Source) -> tuple[ImageSet, ImageSet]:
-    """scikit-learn's digits, values 0 to 16 scaled to bytes; without an own split, a fixed fifth is test."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    whole = ImageSet.from_arrays(
-        pixels, bunch.target, classes=source.classes, name=source.name, mean=source.mean, std=source.std
-    )
-    rest, held_out = stratified_split(whole.labels, 0.2, seed=0)
-    return whole.subset(rest), whole.subset(held_out, split="test")
-
-
-def _parquet(source: Source, root: str | os.PathLike[str] | None) -> tuple[ImageSet, ImageSet]:
-    files = _locate(source, root)
-    columns = Columns(
-        image=source.image_column,
-        label=source.label_column,
-        shape=source.shape,
-        num_classes=len(source.classes),
-    )
-
-    def load(split: str) -> ImageSet:
-        resident = load_resident(files[split], columns, name=source.name, split=split)
-        return ImageSet(
-            stored=resident.images,
-            labels=resident.labels,
-            classes=source.classes,
-            name=source.name,
-            split=split,
-            fingerprint=resident.fingerprint,
-            mean=source.mean,
-            std=source.std,
-        )
-
-    return load("train"), load("test")
-
-
-def _locate(source: Source, root: str | os.PathLike[str] | None) -> dict[str, list[Path]]:
-    """The parquet files of each split, from the first place that has them."""
-    roots = [Path(place) for place in (root, os.environ.get("VITRAIL_DATA")) if place]
-    if root is not None and not Path(root).is_dir():
-        raise ValueError(f"data root: no folder {root}")
+    roots = data_roots(root)
     folders = [place / part for place in roots for part in (source.folder, str(source.hub_id))]
     for folder in folders:
-        if found := _files(folder):
+        if found := parquet_files(folder, ("train", "test")):
             return found
-    from_hub, reason = _from_hub(str(source.hub_id))
+    from_hub, reason = hub_files(str(source.hub_id), ("train", "test"))
     if from_hub:
         return from_hub
     looked = ", ".join(str(folder) for folder in folders) or "no folder (no root or VITRAIL_DATA given)"
@@ -290,58 +186,12 @@ def _locate(source: Source, root: str | os.PathLike[str] | None) -> dict[str, li
     )
 
 
-def _files(folder: Path) -> dict[str, list[Path]] | None:
-    """The parquet files of both splits under a folder, or None where there is none.
+def data_roots(root: str | os.PathLike[str] | None) -> list[Path]:
+    """Folders that hold data sets: the one given, and that in the environment variable VITRAIL_DATA.
 
     Raises:
-        ValueError: There are some, but not all, or the same split lies in two folders.
+        ValueError: The folder given does not exist.
     """
-    found = {split: sorted(folder.rglob(f"{split}-*.parquet")) for split in ("train", "test")}
-    if not any(found.values()):
-        return None
-    for split, files in found.items():
-        places = sorted({str(path.parent) for path in files})
-        if len(places) != 1:
-            raise ValueError(
-                f"{folder}: expected {split}-*.parquet in one folder, got {' and '.join(places) or 'none'}"
-            )
-        # Parts are numbered train-00000-of-00002: a missing one would otherwise go unnoticed.
-        part = re.search(r"-of-(\d+)", files[0].name)
-        if part and int(part[1]) != len(files):
-            raise ValueError(
-                f"{places[0]}: expected {int(part[1])} files {split}-*.parquet, got {len(files)}"
-            )
-    return found
-
-
-def _from_hub(hub_id: str) -> tuple[dict[str, list[Path]] | None, str]:
-    """The files in the hub's local cache, else downloaded; or the reason why there are none."""
-    import huggingface_hub
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    patterns = ["*train-*.parquet", "*test-*.parquet"]
-
-    def snapshot(local_only: bool) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, repo_type="dataset", allow_patterns=patterns, local_files_only=local_only
-            )
-        )
-
-    try:
-        # An interrupted download leaves a part, which the hub then completes.
-        if found := _files(snapshot(True)):
-            return found, ""
-    except (LocalEntryNotFoundError, ValueError):
-        pass
-    if HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        return None, "HF_HUB_OFFLINE forbids the hub"
-    try:
-        # One short question first: the download itself waits long and tries often where nothing answers.
-        huggingface_hub.HfApi().dataset_info(hub_id, timeout=_CONNECT_TIMEOUT_S)
-        downloaded = snapshot(False)
-    except Exception as error:
-        # The library lets errors of its HTTP client through, whose kind changed from version to version.
-        return None, f"the hub did not give it ({' '.join(str(error).split())[:120]})"
-    return _files(downloaded), "the hub has no such files"
+    if root is not None and not Path(root).is_dir():
+        raise ValueError(f"data root: no folder {root}")
+    return [Path(place) for place in (root, os.environ.get("VITRAIL_DATA")) if place]
