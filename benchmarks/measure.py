@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vitrail.training.run import hardware, versions
+from vitrail.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -49,11 +49,11 @@ from measure import machine, median_ratio, summary, write_result
 from vitrail.config import AugmentSection, RunConfig, load_config
 from vitrail.datasets import ImageSet
 from vitrail.tasks import Batch
-from vitrail.training import Run, prepare
+from vitrail.training import Run, prepare, training_batches
 from vitrail.training.average import MovingAverage
+from vitrail.training.checkpoint import TrainingState
 from vitrail.training.loop import fit
 from vitrail.training.optim import build_optimizer, learning_rate
-from vitrail.training.run import training_batches
 
 RECIPE = "mnist-vit"
 TARGET = 3.0
@@ -113,25 +113,25 @@ def time_epoch(config: RunConfig, batches: Batches) -> tuple[float, float]:
     """Seconds of the training loop over the batches, and the mean loss of its last log record."""
     run = prepare(config)
     section, optim, plan = config.train, config.optim, run.plan
-    no_decay = {f"model.{name}" for name in run.model.no_weight_decay()}
-    optimizer = build_optimizer(run.task, no_decay, optim)
     schedule = learning_rate(optim, plan.total, plan.steps_per_epoch, section.batch_size)
-    average = MovingAverage(run.task.trained(), section.ema) if section.ema else None
+    state = TrainingState(
+        task=run.task,
+        optimizer=build_optimizer(run.task, run.model, optim),
+        average=MovingAverage(run.task.trained(), section.ema) if section.ema else None,
+    )
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):
         metrics = Path(place) / "metrics.jsonl"
         began = time.perf_counter()
         fit(
-            run.task,
+            state,
             lambda _: batches(run),
             plan=plan,
-            optimizer=optimizer,
             schedule=schedule,
             accelerator=run.accelerator,
             clip_norm=optim.clip_norm,
-            average=average,
-            evaluate=None,
-            checkpoint=Path(place) / "last.pt",
             metrics=metrics,
+            seed=section.seed,
+            checkpoints=Path(place),
         )
         seconds = time.perf_counter() - began
         return seconds, json.loads(metrics.read_text().splitlines()[-1])["loss"]

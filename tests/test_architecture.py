@@ -15,20 +15,24 @@ SOURCE = Path(__file__).parent.parent / "src" / "vitrail"
 MAY_IMPORT = {
     "config": set(),
     "files": set(),
+    "processes": set(),
     "torchvision_ops": set(),
     "components": set(),
     "models": {"components"},
     "pretrained": {"models", "files"},
     "datasets": {"config"},
     "tasks": {"components", "models.encoder", "config"},
-    "training": {"models", "tasks", "datasets", "pretrained", "evaluation", "config", "files"},
-    "evaluation": {"models.encoder", "datasets", "components", "files", "torchvision_ops"},
+    "training": {
+        "models", "tasks", "datasets", "pretrained", "evaluation", "components.tap", "explain.health", "config",
+        "files", "processes",
+    },
+    "evaluation": {"models.encoder", "datasets", "components", "files", "processes", "torchvision_ops"},
     "explain": {"components.tap", "models.encoder"},
     "reporting": {"explain", "evaluation", "datasets", "models.encoder", "config", "files"},
     "studies": {"config", "explain", "files", "models", "training"},
     "serving": {"models", "pretrained", "datasets", "explain"},
 }
-FREE = {"cli", "__init__", "__main__"}
+FREE = {"cli", "quickstart", "__init__", "__main__"}
 
 
 def _imports(path: Path) -> set[str]:

@@ -10,7 +10,9 @@ from typing import Any
 
 _PUBLIC = {
     "create_model": "vitrail.pretrained",
+    "Splits": "vitrail.datasets",
     "edit": "vitrail.components.tap",
+    "from_dataset": "vitrail.datasets",
     "list_datasets": "vitrail.datasets",
     "list_models": "vitrail.models",
     "list_recipes": "vitrail.config",

@@ -9,12 +9,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from vitrail.config import RunConfig
+    from vitrail.config import DataSection, RunConfig
+    from vitrail.datasets import Images
 
 _SHORT = {
     "model": "model.name",
@@ -66,6 +67,31 @@ A sweep that was stopped goes on where it was when the same command is given aga
 """
 
 
+_PROFILE_HELP = """\
+usage: vitrail profile [RECIPE] [--steps N] [--json] [--section.key VALUE]...
+
+Train a fresh model for some steps and tell where the time of a step goes: waiting for data, augmentation,
+forward, backward, clipping, optimiser, moving average, logging; the longest operators; and what to change.
+
+  --steps N    measured steps (default 20)
+  --json       print everything as JSON
+"""
+
+_LR_RANGE_HELP = """\
+usage: vitrail lr-range [RECIPE] [--lowest R] [--highest R] [--steps N] [--output FOLDER] [--json]
+                        [--section.key VALUE]...
+
+Train a fresh model for some steps while the learning rate grows, and suggest one for the recipe.
+Writes lr_range.json and lr_range.png.
+
+  --lowest R       learning rate of the first step (default 1e-6)
+  --highest R      learning rate of the last step (default 1)
+  --steps N        length of the test (default 100)
+  --output FOLDER  where to write (default runs/lr-range-RECIPE)
+  --json           print everything as JSON
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; leaves with exit code 2 and one line on an error of the user's."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -75,8 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # Whoever read the output has gone (as in `vitrail models | head`): nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        _fail("interrupted; a training run goes on from its last checkpoint with --resume", code=130)
+    except KeyboardInterrupt as stopped:
+        how = str(stopped) or "interrupted; a training run goes on from its last checkpoint with --resume"
+        _fail(how, code=130)
     except (ValueError, OSError) as error:
         if debug:
             raise
@@ -96,6 +123,11 @@ def _run(words: list[str]) -> None:
         "sweep", help="train a recipe with some values varied, tell what is best", add_help=False
     )
     sweep.set_defaults(act=_sweep)
+
+    profile = verbs.add_parser("profile", help="tell where the time of a training step goes", add_help=False)
+    profile.set_defaults(act=_profile)
+    lr_range = verbs.add_parser("lr-range", help="find a learning rate for a recipe", add_help=False)
+    lr_range.set_defaults(act=_lr_range)
 
     evaluate = verbs.add_parser("evaluate", help="test a trained model on a data set")
     evaluate.add_argument("run", metavar="RUN", help="run folder or model folder")
@@ -123,12 +155,10 @@ def _run(words: list[str]) -> None:
     recipes = verbs.add_parser("recipes", help="list the recipes")
     recipes.set_defaults(act=_recipes)
 
-    # Both take any dotted key as a flag, which argparse cannot know.
-    if words[:1] == ["train"]:
-        _train(words[1:])
-        return
-    if words[:1] == ["sweep"]:
-        _sweep(words[1:])
+    # These take any dotted key as a flag, which argparse cannot know.
+    configured = {"train": _train, "sweep": _sweep, "profile": _profile, "lr-range": _lr_range}
+    if words and words[0].replace("_", "-") in configured:
+        configured[words[0].replace("_", "-")](words[1:])
         return
     options = parser.parse_args(words)
     options.act(options)
@@ -145,15 +175,24 @@ def _train(words: list[str]) -> None:
     dry_run = "--dry-run" in flags or "--dry_run" in flags
     overrides = parse_overrides([flag for flag in flags if flag not in {"--dry-run", "--dry_run"}])
     config = load_config(recipe, overrides)
-    folder = config.train.output or Path("runs") / (Path(recipe).stem if recipe else config.model.name)
+    folder = config.train.output or Path("runs") / _run_name(config, recipe)
     if dry_run:
         _dry_run(config)
         return
+    from vitrail.processes import is_main
     from vitrail.reporting import write_report
     from vitrail.training import train
 
     command = " ".join(["vitrail train", *(_quoted(word) for word in words)])
-    result = train(config, folder, command=command)
+    try:
+        result = train(config, folder, command=command)
+    except KeyboardInterrupt as stopped:
+        if not str(stopped):
+            raise
+        resume = command if "--resume" in words else f"{command} --resume"
+        raise KeyboardInterrupt(f"{stopped}; go on with: {resume}") from None
+    if not is_main():
+        return
     report = write_report(folder, model=result.model, preprocessing=result.preprocessing, test=result.test)
     low, high = result.metrics.accuracy_interval
     print(
@@ -161,6 +200,14 @@ def _train(words: list[str]) -> None:
         f"(95 % interval {100 * low:.2f} to {100 * high:.2f}, {result.metrics.count} images)"
     )
     print(f"report {report}")
+
+
+def _run_name(config: RunConfig, recipe: str | None) -> str:
+    if recipe:
+        return Path(recipe).stem
+    if config.model.name:
+        return config.model.name
+    return "run" if config.model.pretrained is None else f"{Path(config.model.pretrained).stem}-tuned"
 
 
 def _sweep(words: list[str]) -> None:
@@ -219,6 +266,55 @@ def _sweep(words: list[str]) -> None:
     print(f"table {folder / 'sweep.md'}")
 
 
+def _profile(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        print(_PROFILE_HELP, end="")
+        return
+    own = _Parser(prog="vitrail profile", add_help=False, allow_abbrev=False)
+    own.add_argument("--steps", type=int, default=20)
+    own.add_argument("--json", action="store_true")
+    _, options, config = _configured(own, words)
+    from vitrail.training.profile import profile_training
+
+    found = profile_training(config, options.steps)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found.text())
+
+
+def _lr_range(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        print(_LR_RANGE_HELP, end="")
+        return
+    own = _Parser(prog="vitrail lr-range", add_help=False, allow_abbrev=False)
+    own.add_argument("--lowest", type=float, default=1e-6)
+    own.add_argument("--highest", type=float, default=1.0)
+    own.add_argument("--steps", type=int, default=100)
+    own.add_argument("--output", type=Path)
+    own.add_argument("--json", action="store_true")
+    recipe, options, config = _configured(own, words)
+    from vitrail.reporting.lr_curve import write_lr_range
+    from vitrail.training.lr_range import find_learning_rate
+
+    found = find_learning_rate(config, options.lowest, options.highest, options.steps)
+    folder = options.output or Path("runs") / f"lr-range-{_run_name(config, recipe)}"
+    picture = write_lr_range(folder, found.to_dict())
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    print(found.text())
+    print(f"curve {picture}")
+
+
+def _configured(
+    own: argparse.ArgumentParser, words: list[str]
+) -> tuple[str | None, argparse.Namespace, RunConfig]:
+    """[RECIPE] and flags -> the recipe, the verb's own options, and the config of recipe and dotted keys."""
+    from vitrail.config import load_config
+
+    recipe = words[0] if words and not words[0].startswith("-") else None
+    options, rest = own.parse_known_args(words[1:] if recipe else words)
+    return recipe, options, load_config(recipe, parse_overrides(rest))
+
+
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     """`--section.key value`, `--section.key=value` and the short forms -> dotted key to text.
 
@@ -236,7 +332,14 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
             following = words[position + 1] if position + 1 < len(words) else None
             if following is not None and not following.startswith("--"):
                 value, position = following, position + 1
-            elif name.rpartition(".")[2] in {"resume", "overwrite", "flip", "compile"}:
+            elif name.rpartition(".")[2] in {
+                "resume",
+                "overwrite",
+                "flip",
+                "compile",
+                "recompute",
+                "deterministic",
+            }:
                 value = "true"
             else:
                 raise ValueError(f"--{name} needs a value")
@@ -264,19 +367,20 @@ def _dry_run(config: RunConfig) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     import torch
 
-    from vitrail.config import load_config
-    from vitrail.datasets import Preprocessing, load_dataset
+    from vitrail.config import DataSection, load_config
+    from vitrail.datasets import Preprocessing
     from vitrail.pretrained import load_model
     from vitrail.training import evaluate_and_write
 
     folder = Path(options.run)
     stored = load_model(folder)
     recipe = folder / "config.yaml"
-    data = load_config(recipe).data if recipe.is_file() else None
-    if options.dataset is None and data is None:
+    if options.dataset is None and not recipe.is_file():
         raise ValueError(f"{folder} is a model folder, which names no data set: give one with --dataset")
-    name = options.dataset or (data.name if data is not None else "")
-    test = load_dataset(name, root=options.root or (data.root if data is not None else None)).test
+    data = load_config(recipe).data if recipe.is_file() else DataSection()
+    wanted = {"name": options.dataset or data.name, "root": options.root or data.root}
+    test = _test_images(data.model_copy(update=wanted), stored.preprocessing)
+    name = test.name
     if test.classes != stored.classes:
         raise ValueError(
             f"the model's {len(stored.classes)} classes ({', '.join(stored.classes[:3])}, ...) are not the "
@@ -306,6 +410,23 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"{score.name:<{width}}  {numbers}")
 
 
+def _test_images(data: DataSection, preprocessing: Mapping[str, Any]) -> Images:
+    """The test images of a data section, as a model with this preprocessing takes them."""
+    from vitrail.datasets import load_dataset
+
+    splits = load_dataset(
+        data.name,
+        root=data.root,
+        val_fraction=0.0,
+        img_size=tuple(preprocessing["img_size"]),
+        in_chans=preprocessing["in_chans"],
+        storage=data.storage,
+        broken=data.broken,
+        label_column=data.label_column,
+    )
+    return splits.test
+
+
 def _predict(options: argparse.Namespace) -> None:
     from vitrail.serving import Predictor
 
@@ -327,7 +448,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from vitrail.config import load_config
-    from vitrail.datasets import Preprocessing, load_dataset
+    from vitrail.datasets import Preprocessing
     from vitrail.pretrained import load_model
     from vitrail.reporting import write_report
 
@@ -340,7 +461,7 @@ def _report(options: argparse.Namespace) -> None:
         folder,
         model=stored.model,
         preprocessing=Preprocessing.from_dict(stored.preprocessing),
-        test=load_dataset(data.name, root=data.root).test,
+        test=_test_images(data, stored.preprocessing),
     )
     print(f"report {report}")
 

@@ -30,6 +30,9 @@ def _duration(text: Any) -> str:
 
 
 Duration = Annotated[str, BeforeValidator(_duration)]
+Patterns = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 FractionBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
@@ -44,10 +47,11 @@ class ModelSection(_Section):
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
-    name: str = "vit_mnist_2blk"
-    """A name that `vitrail models` lists."""
+    name: str | None = None
+    """A name that `vitrail models` lists; when not given, the pretrained model's, else vit_mnist_2blk."""
     pretrained: str | None = None
-    """Run folder, model folder or .safetensors file whose weights to start from."""
+    """Run folder, model folder or .safetensors file whose weights to start from; of a folder the architecture
+    and the preprocessing are taken over too."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -73,7 +77,7 @@ class DataSection(_Section):
     """Which images, and how they are split."""
 
     name: str = "digits"
-    """digits, mnist, fashion_mnist, cifar10 or cifar100."""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, a folder of images, or a hub id."""
     root: Path | None = None
     """Folder with data sets in the hubs' layouts; else VITRAIL_DATA, then the cache, then the hub."""
     val_fraction: FractionBelowOne = 0.1
@@ -82,6 +86,14 @@ class DataSection(_Section):
     """Seed of that split: independent of `train.seed`, so that runs with different seeds share it."""
     train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the remaining training images to use, stratified by class."""
+    label_column: str | None = None
+    """Column of the label, in tables and parquet files that do not tell or have several."""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """What to do with image files that cannot be decoded: stop and name them, or leave them out."""
+    storage: Literal["auto", "memory", "files"] = "auto"
+    """Decode all images once into memory, or anew whenever they are read; auto decides by size."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that decode images with storage `files`; when not given, the number of cores, 8 at most."""
 
 
 class AugmentSection(_Section):
@@ -136,6 +148,11 @@ class OptimSection(_Section):
     """AdamW's epsilon."""
     clip_norm: NotNegative = 1.0
     """Largest gradient norm; 0 switches clipping off."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Learning rate of each block as a share of that of the block after it; 0.65 to 0.8 for fine-tuning."""
+    freeze: Patterns = ()
+    """Parameters that stay as they are: one or more patterns, e.g. ["patch_embed.*", "blocks.[0-5].*"], or
+    "!head.*" for all but the head. A part that is wholly frozen stays in evaluation mode, without dropout."""
 
 
 class TrainSection(_Section):
@@ -144,7 +161,12 @@ class TrainSection(_Section):
     duration: Duration = "20 epochs"
     """Length of the run."""
     batch_size: Annotated[int, Field(ge=1)] = 128
-    """Images a step."""
+    """Images a step, over all processes."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Images that a process takes at a time; their gradients add up to those of its part of the batch. auto:
+    all of them, halved when memory does not suffice."""
+    recompute: bool = False
+    """Activation checkpointing: keep only the blocks' inputs and compute the rest again going backward."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 500
     """Images a step in evaluation."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -155,6 +177,12 @@ class TrainSection(_Section):
     """Decay of the moving average of the weights that is evaluated and saved; 0 switches it off."""
     progressive: dict[str, int] = Field(default_factory=dict)
     """Image size from a point on, e.g. {"0%": 20, "60%": 28} (progressive resizing)."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the work: whole copies (DDP), or sharded weights and optimiser (FSDP2)."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time (on a GPU they are slower; a CPU needs none)."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many evaluations without a better accuracy and keep the best weights; 0: never."""
     compile: bool = False
     """Compile the task with torch.compile (needs a C++ compiler on a CPU)."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -168,7 +196,7 @@ class TrainSection(_Section):
     output: Path | None = None
     """Run folder; runs/<recipe> when not given."""
     resume: bool = False
-    """Go on from the run folder's checkpoint."""
+    """Go on from the run folder's last checkpoint; from the start where it has none yet."""
     overwrite: bool = False
     """Replace what lies in the run folder."""
 

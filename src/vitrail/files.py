@@ -12,10 +12,17 @@ def write_whole(path: Path, content: bytes | str) -> None:
     Args:
         path: The file; its folder must exist.
         content: Bytes, or text to be written as UTF-8.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; the old file stays, nothing is left beside.
     """
     beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)  # a full disk must not stay full because of half a file
+        raise

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vitrail.components.tap import edit
-from vitrail.explain.health import effective_rank, layer_health
+from vitrail.explain.health import attention_collapse, effective_rank, finding
 from vitrail.models import build_model
 
 
@@ -21,19 +21,20 @@ def test_uniform_and_single_token_attention_are_told_apart() -> None:
     torch.manual_seed(0)
     model = build_model("vit_mnist_2blk").eval()
     images = torch.randn(8, 1, 28, 28)
-    fresh = layer_health(model, images)
-    assert [own.layer for own in fresh] == [0, 1]
-    assert all(0.5 < own.entropy <= 1.0 and 0.05 < own.rank < 1.0 for own in fresh)
+    fresh = attention_collapse(model, images)
+    assert list(fresh) == ["blocks.0", "blocks.1"]
+    assert all(0.5 < own["entropy"] <= 1.0 and 0.05 < own["rank"] < 1.0 for own in fresh.values())
+    assert all(finding(own) is None for own in fresh.values())
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight.zero_()  # all scores equal
-    uniform = layer_health(model, images)[0]
-    assert uniform.entropy == pytest.approx(1.0)
-    assert "uniform" in str(uniform.warning)
+    uniform = attention_collapse(model, images)["blocks.0"]
+    assert uniform["entropy"] == pytest.approx(1.0)
+    assert "uniform" in str(finding(uniform))
     with edit(model, {"blocks.0.attn.weights": lambda w: torch.eye(17).expand_as(w)}):
-        single = layer_health(model, images)[0]
-    assert single.entropy == pytest.approx(0.0)
-    assert "single tokens" in str(single.warning)
+        single = attention_collapse(model, images)["blocks.0"]
+    assert single["entropy"] == pytest.approx(0.0)
+    assert "single tokens" in str(finding(single))
     with edit(model, {"blocks.0.out": torch.zeros_like}):
-        flat = layer_health(model, images)[0]
-    assert flat.rank == 0.0
-    assert flat.warning is not None
+        flat = attention_collapse(model, images)["blocks.0"]
+    assert flat["rank"] == 0.0
+    assert "alike" in str(finding({"rank": flat["rank"]}))

@@ -10,7 +10,7 @@ import torch
 
 from vitrail.config import OptimSection
 from vitrail.models import build_model
-from vitrail.training.optim import build_optimizer, gradient_norms, learning_rate, parameter_groups
+from vitrail.training.optim import build_optimizer, freeze, gradient_norms, learning_rate, parameter_groups
 
 
 def _rates(total: int = 100, **changes: object) -> list[float]:
@@ -46,7 +46,7 @@ def test_no_warmup_starts_at_the_peak() -> None:
 
 def test_only_matrices_decay() -> None:
     model = build_model("vit_mnist_2blk", layer_scale=0.1, registers=1)
-    decayed, plain = parameter_groups(model, model.no_weight_decay(), 0.05)
+    decayed, plain = parameter_groups(model, model, weight_decay=0.05)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(p)].rpartition(".")[2] for p in decayed["params"]} == {"weight"}
     assert all("norm" not in names[id(p)] for p in decayed["params"])
@@ -57,12 +57,45 @@ def test_only_matrices_decay() -> None:
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
-def test_frozen_parameters_are_left_out() -> None:
-    model = build_model("vit_mnist_2blk")
-    model.patch_embed.requires_grad_(False)
-    optimizer = build_optimizer(model, set(), OptimSection())
+def test_frozen_parameters_are_left_out_and_frozen_parts_evaluate() -> None:
+    model = build_model("vit_mnist_2blk", drop=0.5)
+    freeze(model, ["patch_embed.*", "blocks.0.*"])
+    optimizer = build_optimizer(model, model, OptimSection())
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert not held & {id(p) for p in model.patch_embed.parameters()}
+    frozen = {name for name, p in model.named_parameters() if id(p) not in held}
+    assert frozen == {
+        name for name, _ in model.named_parameters() if name.startswith(("patch_embed.", "blocks.0."))
+    }
+    model.train()
+    assert not model.blocks[0].mlp.drop.training
+    assert model.blocks[1].mlp.drop.training
+    only_head = build_model("vit_mnist_2blk")
+    freeze(only_head, ["!head.*"])
+    assert [name for name, p in only_head.named_parameters() if p.requires_grad] == [
+        "head.weight",
+        "head.bias",
+    ]
+    with pytest.raises(
+        ValueError, match=r"no parameter matches 'block.0.*'; the model's layers are blocks.0,"
+    ):
+        freeze(build_model("vit_mnist_2blk"), ["block.0.*"])
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        freeze(build_model("vit_mnist_2blk"), ["*"])
+
+
+def test_layer_decay_scales_each_depth() -> None:
+    model = build_model("vit_mnist_2blk")
+    groups = parameter_groups(model, model, weight_decay=0.1, layer_decay=0.5)
+    share = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    by_name = {name: share[id(p)] for name, p in model.named_parameters()}
+    assert by_name["pos_embed"] == by_name["patch_embed.proj.weight"] == 0.125
+    assert by_name["blocks.0.mlp.fc1.weight"] == by_name["blocks.0.norm1.bias"] == 0.25
+    assert by_name["blocks.1.attn.qkv.weight"] == 0.5
+    assert by_name["norm.weight"] == by_name["head.weight"] == 1.0
+    assert len(share) == len(by_name)
+    assert {decay[id(model.pos_embed)], decay[id(model.head.bias)]} == {0.0}
+    assert decay[id(model.head.weight)] == 0.1
 
 
 def test_gradient_norms_are_those_of_the_layers() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitrail.datasets import ImageSet, Preprocessing, batches
+from vitrail.datasets import Images, Preprocessing, batches
+from vitrail.processes import gather_rows, own_rows, world
 
 
 @torch.inference_mode()
 def predict_logits(
-    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, *, batch_size: int, device: torch.device
+    model: nn.Module, images: Images, preprocessing: Preprocessing, *, batch_size: int, device: torch.device
 ) -> Tensor:
     """Logits of every image in the order of the set.
 
@@ -22,13 +23,16 @@ def predict_logits(
         device: Where to run.
 
     Returns:
-        float32 [N, K] on the CPU.
+        float32 [N, K] on the CPU. Several processes share the work, and each gets the whole result.
     """
     was_training = model.training
     model.eval()
-    logits = [
-        model(preprocessing.prepare(batch.to(device))).float().cpu()
-        for batch, _ in batches(images, batch_size, seed=0, epoch=0, shuffle=False, drop_last=False)
-    ]
+    own = images.subset(own_rows(len(images))) if world() > 1 else images
+    logits = torch.cat(
+        [
+            model(preprocessing.prepare(batch.to(device))).float()
+            for batch, _ in batches(own, batch_size, seed=0, epoch=0, shuffle=False, drop_last=False)
+        ]
+    )
     model.train(was_training)
-    return torch.cat(logits)
+    return gather_rows(logits)[: len(images)].cpu()

@@ -13,10 +13,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitrail.components.tap import Tap
 
 
 class Stage(NamedTuple):
@@ -66,6 +69,10 @@ class Encoder(nn.Module, ABC):
     """The frozen config dataclass from which the model was built."""
     num_features: int
     """Width of what the head receives."""
+    recompute: bool = False
+    """Activation checkpointing: blocks keep their inputs only and compute the rest again going backward."""
+    after_blocks: ClassVar[tuple[str, ...]] = ("norm", "fc_norm", "attention_pool", "head")
+    """Beginnings of the names of the parameters that come after the blocks."""
 
     @property
     @abstractmethod
@@ -106,6 +113,42 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides all those with one dimension."""
+
+    @abstractmethod
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the blocks' modules, in the order in which an image passes them."""
+
+    def layer_of(self, parameter: str) -> int:
+        """Depth of a parameter: 0 in the embedding, i in the i-th block, last + 1 in the norm and head.
+
+        Layer-wise decay of the learning rate counts with it (Clark et al. 2020, ELECTRA; Bao et al. 2022).
+        """
+        names = self.block_names()
+        for number, block in enumerate(names, start=1):
+            if parameter.startswith(block + "."):
+                return number
+        return len(names) + 1 if parameter.startswith(self.after_blocks) else 0
+
+    def run_block(self, block: nn.Module, *arguments: Any) -> Any:
+        """Call a block, with activation checkpointing where `recompute` is on (Chen et al. 2016).
+
+        A block that somebody watches is run as it is: what passes its taps must be there to look at.
+        """
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return block(*arguments)
+        if any(isinstance(tap, Tap) and tap.watched for tap in block.modules()):
+            return block(*arguments)
+        return checkpoint(block, *arguments, use_reentrant=False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training mode; a part whose parameters are all frozen stays in evaluation mode."""
+        super().train(mode)
+        if mode:
+            for part in self.modules():
+                own = list(part.parameters())
+                if own and not any(parameter.requires_grad for parameter in own):
+                    part.eval()
+        return self
 
     def position_table(self, grid: tuple[int, int]) -> Tensor | None:
         """The positions that are added to the patches, [N, D]; None where the architecture adds none."""

@@ -6,9 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.models import Encoder, build_model
-from vitrail.pretrained.folder import ModelFolder, find_model_folder, load_model, load_weights, save_model
+from vitrail.pretrained.folder import (
+    FolderConfig,
+    ModelFolder,
+    find_model_folder,
+    load_model,
+    load_weights,
+    read_folder_config,
+    save_model,
+)
 
-__all__ = ["ModelFolder", "create_model", "find_model_folder", "load_model", "load_weights", "save_model"]
+__all__ = [
+    "FolderConfig",
+    "ModelFolder",
+    "create_model",
+    "find_model_folder",
+    "load_model",
+    "load_weights",
+    "read_folder_config",
+    "save_model",
+]
 
 
 def create_model(

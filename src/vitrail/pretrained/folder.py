@@ -38,6 +38,20 @@ class ModelFolder:
     """As `vitrail.datasets.Preprocessing.to_dict` gives it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """What a model folder says of its model."""
+
+    name: str
+    """The variant's name."""
+    changes: dict[str, Any]
+    """All fields of the architecture's config."""
+    classes: tuple[str, ...]
+    """Class names in the order of the logits."""
+    preprocessing: dict[str, Any]
+    """As `vitrail.datasets.Preprocessing.to_dict` gives it."""
+
+
 def save_model(
     folder: Path,
     model: Encoder,
@@ -83,17 +97,31 @@ def load_model(path: str | Path) -> ModelFolder:
     Raises:
         ValueError: No model there, or files that do not fit together; one line that names what.
     """
-    folder = find_model_folder(path)
+    stored = read_folder_config(path)
+    model = model_config(stored.name, **stored.changes).build()
+    load_weights(model, find_model_folder(path) / "model.safetensors")
+    return ModelFolder(
+        model=model.eval(), name=stored.name, classes=stored.classes, preprocessing=stored.preprocessing
+    )
+
+
+def read_folder_config(path: str | Path) -> FolderConfig:
+    """Read what a model folder, or the one of a run folder, says of its model; the weights are not touched.
+
+    Raises:
+        ValueError: No model there, or a damaged file.
+    """
+    file = find_model_folder(path) / "config.json"
     try:
-        stored = json.loads((folder / "config.json").read_text())
-        name, classes = stored["model"], tuple(stored["classes"])
-        changes = {key: tuple(v) if isinstance(v, list) else v for key, v in stored["config"].items()}
-        preprocessing = dict(stored["preprocessing"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged ({error}); write the model again") from None
-    model = model_config(name, **changes).build()
-    load_weights(model, folder / "model.safetensors")
-    return ModelFolder(model=model.eval(), name=name, classes=classes, preprocessing=preprocessing)
+        stored = json.loads(file.read_text())
+        return FolderConfig(
+            name=stored["model"],
+            changes={key: tuple(v) if isinstance(v, list) else v for key, v in stored["config"].items()},
+            classes=tuple(stored["classes"]),
+            preprocessing=dict(stored["preprocessing"]),
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); write the model again") from None
 
 
 def load_weights(model: torch.nn.Module, path: Path, *, except_head: bool = False) -> None:

@@ -21,11 +21,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from vitrail.config import load_config
-from vitrail.datasets import ImageSet, Preprocessing
+from vitrail.datasets import Images, Preprocessing
 from vitrail.evaluation.metrics import ClassificationMetrics, Evaluation, read_evaluation
 from vitrail.explain.attention import attention_layers, class_attention
 from vitrail.explain.draw import INK, RED, image_grid, label, png, similarity_grid
-from vitrail.explain.health import LayerHealth, layer_health
+from vitrail.explain.health import CollapseReport, attention_collapse, finding
 from vitrail.explain.positions import position_similarity
 from vitrail.files import write_whole
 from vitrail.models.encoder import Encoder
@@ -51,7 +51,7 @@ class Confusion:
     """Of the images of the true class."""
 
 
-def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, test: ImageSet) -> Path:
+def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, test: Images) -> Path:
     """Write `figures/*.png`, `metrics.csv` and `report.html` into a run folder.
 
     Sections whose data are missing (no validation split, no test results, no attention among all tokens, no
@@ -100,7 +100,7 @@ def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, tes
     environment = Environment(
         loader=PackageLoader("vitrail.reporting", ""), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters |= {"percent": _percent, "thousands": _thousands}
+    environment.filters |= {"finding": finding, "percent": _percent, "thousands": _thousands}
     page = environment.get_template("report.html.jinja").render(
         title=f"{config.model.name} on {config.data.name}",
         run=run.resolve().name,
@@ -133,7 +133,7 @@ def _read_lines(path: Path) -> dict[str, list[dict[str, Any]]]:
     return lines
 
 
-def _read_evaluation(run: Path, test: ImageSet) -> Evaluation | None:
+def _read_evaluation(run: Path, test: Images) -> Evaluation | None:
     name = f"{test.name}-{test.split}"
     try:
         evaluation = read_evaluation(run / "evaluation", name)
@@ -169,7 +169,7 @@ def _draw_training(lines: Mapping[str, list[dict[str, Any]]], metrics: Classific
     }
 
 
-def _draw_test(test: ImageSet, evaluation: Evaluation | None) -> Drawn:
+def _draw_test(test: Images, evaluation: Evaluation | None) -> Drawn:
     if evaluation is None:
         return dict.fromkeys(("confusion", "calibration", "predictions", "mistakes"), UNTESTED)
     answers = evaluation.probabilities.argmax(axis=1)
@@ -199,7 +199,7 @@ def _draw_test(test: ImageSet, evaluation: Evaluation | None) -> Drawn:
     }
 
 
-def _draw_inside(model: Encoder, preprocessing: Preprocessing, test: ImageSet) -> Drawn:
+def _draw_inside(model: Encoder, preprocessing: Preprocessing, test: Images) -> Drawn:
     if not len(test):
         return dict.fromkeys(("attention", "positions"), "There are no test images.")
     # The first image of each of a few classes, in the order of the sample.
@@ -234,13 +234,11 @@ def _draw_inside(model: Encoder, preprocessing: Preprocessing, test: ImageSet) -
     return drawn
 
 
-def _health(
-    model: Encoder, preprocessing: Preprocessing, test: ImageSet, most: int = 32
-) -> list[LayerHealth]:
+def _health(model: Encoder, preprocessing: Preprocessing, test: Images, most: int = 32) -> CollapseReport:
     if not len(test):
-        return []
+        return {}
     images, _ = test.batch(_sample(len(test))[:most])
-    return layer_health(model, preprocessing.prepare(images).to(next(model.parameters()).device))
+    return attention_collapse(model, preprocessing.prepare(images).to(next(model.parameters()).device))
 
 
 def _sample(N: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from vitrail.config import RunConfig, load_config, read_yaml, shipped_yaml
 from vitrail.explain.draw import png
 from vitrail.files import write_whole
 from vitrail.models import model_config
-from vitrail.training import train
+from vitrail.training import architecture, train
 
 Variants = dict[str, dict[str, Any]]
 """Name of each variant to the dotted keys it changes."""
@@ -132,7 +132,8 @@ def run_sweep(
             own = folder / variant.replace("/", "_") / f"seed{seed}"
             values = {**overrides, **changes, "train.seed": seed, "train.output": own}
             config = load_config(recipe, values)
-            model_config(config.model.name, **config.model.options)  # refuses options that do not fit
+            name, options, _ = architecture(config)
+            model_config(name, **options)  # refuses options that do not fit
             planned.append((variant, seed, own, config))
     for variant, seed, own, config in planned:
         if not (own / "manifest.json").is_file():

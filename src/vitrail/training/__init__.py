@@ -1,5 +1,16 @@
 """From a config to a trained, tested, saved model."""
 
-from vitrail.training.run import Estimate, Result, Run, estimate, evaluate_and_write, prepare, train
+from vitrail.training.run import Result, evaluate_and_write, train
+from vitrail.training.setup import Estimate, Run, architecture, estimate, prepare, training_batches
 
-__all__ = ["Estimate", "Result", "Run", "estimate", "evaluate_and_write", "prepare", "train"]
+__all__ = [
+    "Estimate",
+    "Result",
+    "Run",
+    "architecture",
+    "estimate",
+    "evaluate_and_write",
+    "prepare",
+    "train",
+    "training_batches",
+]

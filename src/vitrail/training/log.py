@@ -7,27 +7,35 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vitrail.files import write_whole
+from vitrail.processes import is_main
 
 
 class RunLog:
     """Appends records to `metrics.jsonl` and shows where the run stands.
 
     On a terminal there is one progress bar; elsewhere a line at most every ten seconds and one for every
-    evaluation, so that a log file stays short.
+    evaluation, so that a log file stays short. Of several processes only the first one writes and speaks.
     """
 
     def __init__(self, path: Path, *, total: int, start: int) -> None:
         self.total = total
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, quiet=not is_main())
         self._began, self._start, self._last_line = time.monotonic(), start, 0.0
-        if start:
-            _keep_until(path, start)
-        self._file = path.open("a" if start else "w")
         self._progress: Progress | None = None
+        self._file: TextIO | None = None
+        if not is_main():
+            return
+        if start:
+            # A killed run had logged more than it saved, and the resumed one logs it again.
+            kept = "".join(json.dumps(record) + "\n" for record in records_until(path, start))
+            write_whole(path, kept)
+        self._file = path.open("a" if start else "w")
         if sys.stderr.isatty():
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -51,15 +59,22 @@ class RunLog:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def step(self, step: int) -> None:
         """Say how many steps are done."""
         if self._progress is not None:
             self._progress.update(self._bar, completed=step)
 
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, soft_wrap=True)
+
     def write(self, record: dict[str, Any]) -> None:
         """Append one record ("train" or "val") and show its main numbers."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if record["kind"] == "val":
@@ -84,14 +99,14 @@ class RunLog:
             )
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the records after a step: a killed run had logged them, and the resumed one logs them again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
+def records_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl` up to a step; what a killed run left half-written is ignored."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            record = json.loads(line)
         except json.JSONDecodeError:
             break  # the line that was being written when the run was killed
-    path.write_text("".join(line + "\n" for line in kept))
+        if record["step"] <= step:
+            records.append(record)
+    return records

@@ -1,7 +1,8 @@
 """The one training loop: batch, loss, backward, clip, step, average, log, evaluate, save.
 
-It knows no model, no data set and no task. Nothing in a step waits for the device: losses are summed there,
-and numbers are read only when a record is written.
+It knows no model, no data set and no task. Nothing in a step waits for a GPU: losses are summed there, and
+numbers are read only when a record is written. (On a CPU every number is at hand, and a loss that is not
+finite stops the run before it reaches the weights.)
 """
 
 from __future__ import annotations
@@ -9,24 +10,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
-from vitrail.tasks import Batch, Task
-from vitrail.training.average import MovingAverage
-from vitrail.training.checkpoint import (
-    load_checkpoint,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-)
+from vitrail.processes import any_process, mean_over_processes, rank, world
+from vitrail.tasks import Batch
+from vitrail.training.checkpoint import TrainingState, save_checkpoint
+from vitrail.training.interrupt import Interruption
 from vitrail.training.log import RunLog
+from vitrail.training.memory import is_out_of_memory, out_of_memory_message
 from vitrail.training.optim import Schedule, gradient_norms
+from vitrail.training.sharding import unsharded_state, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,87 +41,147 @@ class Plan:
     save_every: int
 
 
+class NotFiniteError(ValueError):
+    """The loss or the gradient is not finite; the weights are those before the step."""
+
+    def __init__(self, step: int, rate: float, found: str, batch: Batch) -> None:
+        super().__init__(f"{found} in step {step + 1} (learning rate {rate:.2e})")
+        self.step, self.batch = step, batch
+
+
 def fit(
-    task: Task,
+    state: TrainingState,
     batches: Callable[[int], Iterator[Batch]],
     *,
     plan: Plan,
-    optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     accelerator: Accelerator,
     clip_norm: float,
-    average: MovingAverage | None,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None,
-    checkpoint: Path,
     metrics: Path,
-    start: int = 0,
+    seed: int,
+    evaluate: Callable[[nn.Module], dict[str, Any]] | None = None,
+    checkpoints: Path | None = None,
+    micro_batch: int | None = None,
+    split_on_out_of_memory: bool = False,
+    patience: int = 0,
+    sharded: bool = False,
     compile: bool = False,  # noqa: A002  (the field's word)
+    watch: Callable[[dict[str, Any]], list[str]] | None = None,
 ) -> None:
-    """Train a task in place.
+    """Train a task in place, from the step that its state is at to the end of the plan.
 
     Args:
-        task: On the accelerator's device.
-        batches: Given the first step, yields the batches from there to the end of the run.
+        state: Task, optimiser and what else changes; on the accelerator's device.
+        batches: Given the first step, yields this process's batches from there to the end of the run.
         plan: Length of the run, and when to log, evaluate and save.
-        optimizer: Over the task's parameters.
-        schedule: Step -> learning rate.
-        accelerator: Device, precision, backward, clipping.
+        schedule: Step -> learning rate; a parameter group's `lr_scale` multiplies it.
+        accelerator: Device, precision, backward, data-parallel copies.
         clip_norm: Largest gradient norm; 0: no clipping.
-        average: Moving average of the trained model, or None; it is what is evaluated.
-        evaluate: Model -> {"loss", "accuracy"}, or None without validation images.
-        checkpoint: Where to save.
         metrics: The `metrics.jsonl` to write.
-        start: Steps that are done already, as `restore` told.
+        seed: Decides dropout, together with step and process.
+        evaluate: Model -> {"loss", "accuracy", ...}, or None without validation images.
+        checkpoints: Folder to save into; None: nothing is saved.
+        micro_batch: Images that a process takes at a time; the gradients of a batch are added up.
+        split_on_out_of_memory: Halve `micro_batch` when memory does not suffice, and go on.
+        patience: Stop after so many evaluations without a better one; 0: never.
+        sharded: The task's model is sharded (FSDP2); else several processes hold copies (DDP).
         compile: Run the task through torch.compile.
+        watch: Given each record, returns warnings to print.
 
     Raises:
-        ValueError: The loss is not finite (the last checkpoint stays).
+        NotFiniteError: The loss or the gradient is not finite (checkpoints stay as they are).
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the state was saved.
+        ValueError: Out of memory, in one line that says what would fit.
     """
-    prepared, optimizer = accelerator.prepare(task, optimizer)
-    step_task = torch.compile(prepared) if compile else prepared
+    task, optimizer, average = state.task, state.optimizer, state.average
+    replica = task if sharded else accelerator.prepare(task)
+    step_task = torch.compile(replica) if compile else replica
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    on_cpu = accelerator.device.type == "cpu"
     task.train()
-    losses: dict[str, torch.Tensor] = {}
+    losses: dict[str, Tensor] = {}
     since, images, counted = time.perf_counter(), 0, 0
+    began = time.perf_counter() - state.seconds
 
-    with RunLog(metrics, total=plan.total, start=start) as log:
-        for step, batch in enumerate(batches(start), start=start):
+    def gradients(batch: Batch, size: int) -> dict[str, Tensor]:
+        """Forward and backward of one batch, `size` images at a time; the mean of what the task returned."""
+        count = len(next(iter(batch.values())))
+        sums: dict[str, Tensor] = {}
+        for first in range(0, count, size):
+            part = {name: value[first : first + size] for name, value in batch.items()}
+            share = min(size, count - first) / count
+            last = first + size >= count
+            with nullcontext() if last or world() == 1 or sharded else accelerator.no_sync(replica):
+                with accelerator.autocast():
+                    output = step_task(part if share < 1 else batch, state.step)
+                accelerator.backward(output["loss"] * share if share < 1 else output["loss"])
+            for name, value in output.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() * share
+        return sums
+
+    def save() -> None:
+        state.seconds = time.perf_counter() - began
+        if checkpoints is not None:
+            save_checkpoint(checkpoints, state)
+
+    with RunLog(metrics, total=plan.total, start=state.step) as log, Interruption() as interruption:
+        over = state.step >= plan.total or _no_longer_better(state, patience, plan)
+        for batch in () if over else batches(state.step):
             # Loss and gradients.
-            with accelerator.autocast():
-                output = step_task(batch, step)
-            accelerator.backward(output["loss"])
-            done = step + 1
+            count = len(next(iter(batch.values())))
+            size = min(micro_batch or count, count)
+            while True:
+                torch.manual_seed(_step_seed(seed, state.step))
+                try:
+                    output = gradients(batch, size)
+                    break
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    optimizer.zero_grad()
+                    if not split_on_out_of_memory or size == 1 or world() > 1:
+                        raise ValueError(out_of_memory_message(count, size)) from None
+                micro_batch = size = -(-size // 2)
+                log.say(f"out of memory: going on with micro-batches of {size} images")
+            rate = schedule(state.step)
+            if on_cpu and not math.isfinite(output["loss"]):
+                raise NotFiniteError(state.step, rate, f"the loss became {float(output['loss'])}", batch)
+            done = state.step + 1
             logging = done % plan.log_every == 0 or done == plan.total
+            if accelerator.scaler is not None:
+                accelerator.scaler.unscale_(optimizer)
             layer_norms = gradient_norms(task.trained()) if logging else {}
             if clip_norm:
-                grad_norm = accelerator.clip_grad_norm_(parameters, clip_norm)
-            elif logging:
+                grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+            elif logging or on_cpu:
                 grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if on_cpu and not math.isfinite(whole(grad_norm)):
+                raise NotFiniteError(state.step, rate, "the gradient is not finite", batch)
 
             # The step itself.
-            rate = schedule(step)
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+            if accelerator.scaler is None:
+                optimizer.step()
+            else:
+                accelerator.scaler.step(optimizer)
+                accelerator.scaler.update()
             optimizer.zero_grad()
             task.after_step()
             if average is not None:
                 average.update()
+            state.step = done
 
             # Numbers: summed on the device, read only when a record is due.
-            images += len(next(iter(batch.values())))
+            images += count * world()
             counted += 1
             for name, value in output.items():
-                losses[name] = losses[name] + value.detach() if name in losses else value.detach()
+                losses[name] = losses[name] + value if name in losses else value
+            evaluating = evaluate is not None and (done % plan.eval_every == 0 or done == plan.total)
+            saving = done % plan.save_every == 0 or done == plan.total
             if logging:
+                means = _means(losses, counted)
                 seconds = time.perf_counter() - since
-                means = {name: float(value) / counted for name, value in losses.items()}
-                if not math.isfinite(means["loss"]):
-                    raise ValueError(
-                        f"the loss became {means['loss']} before step {done} (learning rate {rate:.2e}); "
-                        f"the checkpoint before it is kept: lower optim.lr, lengthen optim.warmup, or lower "
-                        "optim.clip_norm"
-                    )
                 record: dict[str, Any] = {
                     "kind": "train",
                     "step": done,
@@ -128,55 +189,60 @@ def fit(
                     **means,
                     "lr": rate,
                     "images_per_second": images / seconds,
-                    "grad_norm": float(grad_norm),
-                    "grad_norms": {name: float(norm) for name, norm in layer_norms.items()},
+                    "grad_norm": float(whole(grad_norm)),
+                    "grad_norms": {name: float(whole(norm)) for name, norm in layer_norms.items()},
                 }
+                if not on_cpu and not math.isfinite(means["loss"]):
+                    raise NotFiniteError(state.step - 1, rate, f"the loss became {means['loss']}", batch)
                 log.write(record)
+                for warning in watch(record) if watch is not None else ():
+                    log.say(f"warning: {warning}")
                 losses, images, counted = {}, 0, 0
+            elif (saving or evaluating) and not on_cpu and not math.isfinite(output["loss"]):
+                # Nothing good may be overwritten by what came after a loss that is not finite.
+                raise NotFiniteError(state.step - 1, rate, "the loss is not finite", batch)
             log.step(done)
 
             # Evaluate and save; their time is not part of the throughput.
-            if evaluate is not None and (done % plan.eval_every == 0 or done == plan.total):
-                model = task.trained() if average is None else average.model
+            stopping = False
+            if evaluating and evaluate is not None:
+                paused = time.perf_counter()
                 record = {"kind": "val", "step": done, "epoch": round(done / plan.steps_per_epoch, 4)}
-                log.write(record | evaluate(model))
-            if done % plan.save_every == 0 or done == plan.total:
-                save_checkpoint(
-                    checkpoint,
-                    {
-                        "step": done,
-                        "task": task.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "average": None if average is None else average.state_dict(),
-                        "random": random_state(),
-                    },
-                )
+                record |= evaluate(state.model())
+                log.write(record)
+                for warning in watch(record) if watch is not None else ():
+                    log.say(f"warning: {warning}")
+                if patience and (state.best is None or record["accuracy"] > state.best):
+                    state.best, state.best_step = record["accuracy"], done
+                    state.best_weights = unsharded_state(state.model())
+                stopping = _no_longer_better(state, patience, plan)
+                since += time.perf_counter() - paused
+            if (logging or world() == 1) and any_process(interruption.asked, accelerator.device):
+                save()
+                raise KeyboardInterrupt(f"stopped after step {done} of {plan.total}, saved")
+            if saving or stopping:
+                paused = time.perf_counter()
+                save()
+                since += time.perf_counter() - paused
             if logging:
                 since = time.perf_counter()
+            if stopping:
+                log.say(f"no better validation in {patience} evaluations: stopped after step {done}")
+                break
+    state.seconds = time.perf_counter() - began
 
 
-def restore(
-    task: Task, optimizer: torch.optim.Optimizer, average: MovingAverage | None, checkpoint: Path
-) -> int:
-    """Load a checkpoint into everything, the random state included.
+def _no_longer_better(state: TrainingState, patience: int, plan: Plan) -> bool:
+    """Whether the last `patience` evaluations were all no better than the best."""
+    return bool(patience) and (state.step - state.best_step) // plan.eval_every >= patience
 
-    Returns:
-        The number of steps done, for `fit`.
 
-    Raises:
-        ValueError: No checkpoint, a damaged one, or one of another model or optimiser.
-    """
-    state = load_checkpoint(checkpoint)
-    try:
-        task.load_state_dict(state["task"])
-        optimizer.load_state_dict(state["optimizer"])
-        if average is not None:
-            average.load_state_dict(state["average"])
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f"checkpoint {checkpoint} belongs to another model or optimiser ({first}); "
-            "resume with the config it was made with (config.yaml beside it)"
-        ) from None
-    restore_random_state(state["random"])
-    return int(state["step"])
+def _step_seed(seed: int, step: int) -> int:
+    """Seed of dropout and DropPath in one step of this process, independent of all others."""
+    return int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0])
+
+
+def _means(sums: dict[str, Tensor], count: int) -> dict[str, float]:
+    """Means over steps and processes, with one wait for the device."""
+    values = mean_over_processes(torch.stack([value.float() for value in sums.values()]) / count)
+    return dict(zip(sums, values.tolist(), strict=True))

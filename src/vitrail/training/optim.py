@@ -6,13 +6,16 @@ Reciprocal square root: Vaswani et al. 2017, section 5.3. Warm-up, stable, decay
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from vitrail.config import OptimSection, steps
+from vitrail.models import Encoder
 
 Schedule = Callable[[int], float]
 
@@ -51,26 +54,82 @@ def learning_rate(section: OptimSection, total: int, steps_per_epoch: int, batch
     return at
 
 
-def parameter_groups(model: nn.Module, no_decay: set[str], weight_decay: float) -> list[dict]:
-    """Two groups: matrices and kernels with weight decay; biases, norms, scales, tokens, positions without.
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Switch off the gradients of parameters by shell-style patterns over their names.
 
     Args:
-        model: Whose parameters; frozen ones are left out.
-        no_decay: Names without decay, besides all parameters with fewer than two dimensions.
-        weight_decay: Of the first group.
+        model: Changed in place.
+        patterns: `blocks.[0-5].*` freezes what matches; `!head.*` freezes what does not match.
+
+    Raises:
+        ValueError: A pattern matches nothing, or nothing is left to train.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    names = [name for name, _ in model.named_parameters()]
+    frozen: set[str] = set()
+    for pattern in patterns:
+        matched = set(fnmatch.filter(names, pattern.removeprefix("!")))
+        if not matched:
+            layers = sorted({layer_name(name) for name in names})
+            raise ValueError(
+                f"optim.freeze: no parameter matches {pattern.removeprefix('!')!r}; the model's layers are "
+                f"{', '.join(layers)} (blocks.0 as blocks.0.*)"
+            )
+        frozen |= set(names) - matched if pattern.startswith("!") else matched
+    if len(frozen) == len(names):
+        raise ValueError(f"optim.freeze {list(patterns)} leaves nothing to train")
     for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+
+
+def parameter_groups(
+    task: nn.Module, model: Encoder, *, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameters with equal weight decay and equal share of the learning rate, one group each.
+
+    Matrices and kernels decay; biases, norms, scales, tokens and positions do not. With `layer_decay` d < 1,
+    a parameter at depth i of a model with n blocks has the share d^(n + 1 - i) (Clark et al. 2020, ELECTRA);
+    what the task has besides the model has the share 1.
+
+    Args:
+        task: Whose parameters; frozen ones are left out.
+        model: The part of the task that knows depths and exemptions from decay.
+        weight_decay: Of matrices and kernels.
+        layer_decay: Above 0 to 1.
+
+    Returns:
+        Groups with `params`, `weight_decay` and `lr_scale`, those with decay first, deepest last.
+    """
+    exempt = model.no_weight_decay()
+    deepest = len(model.block_names()) + 1
+    inside = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
+    for parameter in task.parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim < 2 or name in no_decay else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            name = inside.get(id(parameter))
+            depth = deepest if name is None or layer_decay == 1.0 else model.layer_of(name)
+            plain = parameter.ndim < 2 or name in exempt
+            groups.setdefault((plain, depth), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if plain else weight_decay,
+            "lr_scale": layer_decay ** (deepest - depth),
+        }
+        for (plain, depth), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
 
 
-def build_optimizer(model: nn.Module, no_decay: set[str], section: OptimSection) -> torch.optim.AdamW:
+def build_optimizer(task: nn.Module, model: Encoder, section: OptimSection) -> torch.optim.AdamW:
     """AdamW in its fused form: one kernel for all parameters of a group."""
-    groups = parameter_groups(model, no_decay, section.weight_decay)
+    groups = parameter_groups(task, model, weight_decay=section.weight_decay, layer_decay=section.layer_decay)
     return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
+
+
+def layer_name(parameter: str) -> str:
+    """The layer of a parameter: `patch_embed`, `blocks.0`, ..., `head`."""
+    parts = parameter.split(".")
+    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
 
 
 def gradient_norms(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -82,7 +141,5 @@ def gradient_norms(model: nn.Module) -> dict[str, torch.Tensor]:
     layers: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            parts = name.split(".")
-            layer = ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
-            layers.setdefault(layer, []).append(parameter.grad)
+            layers.setdefault(layer_name(name), []).append(parameter.grad)
     return {layer: nn.utils.get_total_norm(grads) for layer, grads in layers.items()}

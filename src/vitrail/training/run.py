@@ -4,7 +4,7 @@ runs/<name>/
   config.yaml        the resolved config; `vitrail train runs/<name>/config.yaml` repeats the run
   metrics.jsonl      one record a line, while the run goes
   augmented.npy      the first training images as the model saw them, uint8 [N, C, H, W]
-      checkpoints/       last.pt, from which --train.resume goes on
+  checkpoints/       last.pt, from which --resume goes on, and previous.pt
   model/             the model folder
   evaluation/        accuracy, per-class numbers, probabilities on the test images
   manifest.json      versions, hardware, data, seeds, images seen, compute, time
@@ -14,53 +14,40 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import platform
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn import functional as F
 
-from vitrail.config import RunConfig, TrainSection, steps
-from vitrail.datasets import ImageSet, Preprocessing, Splits, batches, load_dataset, steps_per_epoch
-from vitrail.evaluation.cost import count_macs, count_parameters
+from vitrail.config import RunConfig
+from vitrail.datasets import Images, Preprocessing, Splits
 from vitrail.evaluation.inference import predict_logits
 from vitrail.evaluation.metrics import ClassificationMetrics, classification_metrics, write_evaluation
+from vitrail.explain.health import attention_collapse
 from vitrail.files import write_whole
 from vitrail.models import Encoder
-from vitrail.pretrained import create_model, save_model
-from vitrail.tasks import Batch, Task, build_task
-from vitrail.training.augment import Augment
+from vitrail.pretrained import save_model
+from vitrail.processes import is_main, world
 from vitrail.training.average import MovingAverage
-from vitrail.training.loop import Plan, fit, restore
-from vitrail.training.mixing import Mix
+from vitrail.training.checkpoint import TrainingState, restore_checkpoint
+from vitrail.training.diagnose import first_nonfinite
+from vitrail.training.log import records_until
+from vitrail.training.loop import NotFiniteError, fit
+from vitrail.training.manifest import manifest
 from vitrail.training.optim import build_optimizer, learning_rate
+from vitrail.training.run_folder import check_free, claimed
+from vitrail.training.setup import Run, prepare, training_batches
+from vitrail.training.sharding import shard_model, unsharded_state
+from vitrail.training.watch import Watch
 
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything that a config decides, built and ready."""
-
-    config: RunConfig
-    splits: Splits
-    model: Encoder
-    task: Task
-    preprocessing: Preprocessing
-    plan: Plan
-    accelerator: Accelerator
+WATCHED = 16
+"""Validation images on which the attention is watched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,108 +57,69 @@ class Result:
     folder: Path
     model: Encoder
     preprocessing: Preprocessing
-    test: ImageSet
+    test: Images
     metrics: ClassificationMetrics
 
 
-def prepare(config: RunConfig) -> Run:
-    """Build data, model and task of a config.
-
-    Raises:
-        ValueError: Anything in the config that does not exist or does not fit, in one line.
-    """
-    train, data = config.train, config.data
-    accelerator = _accelerator(train)
-    splits = load_dataset(
-        data.name,
-        root=data.root,
-        val_fraction=data.val_fraction,
-        split_seed=data.split_seed,
-        train_fraction=data.train_fraction,
-    )
-    torch.manual_seed(train.seed)
-    options = config.model.options
-    model = create_model(
-        config.model.name,
-        pretrained=config.model.pretrained,
-        num_classes=options.pop("num_classes", len(splits.train.classes)),
-        img_size=options.pop("img_size", splits.train.img_size),
-        in_chans=options.pop("in_chans", splits.train.in_chans),
-        **options,
-    )
-    config_of = model.config
-    for option, own, needed in (
-        ("num_classes", config_of.num_classes, len(splits.train.classes)),
-        ("in_chans", config_of.in_chans, splits.train.in_chans),
-    ):
-        if own != needed:
-            raise ValueError(
-                f"model.{option} {own} does not fit {data.name}, which has {needed}; leave it out"
-            )
-    preprocessing = Preprocessing(
-        img_size=config_of.image_shape,
-        in_chans=config_of.in_chans,
-        mean=splits.train.mean,
-        std=splits.train.std,
-    )
-    task = build_task(config.task.name, model, **config.task.options)
-    # Channels last: convolutional stems train 1.2 to 1.6 times as fast on a CPU, and nothing is slower.
-    task.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    per_epoch = steps_per_epoch(len(splits.train), train.batch_size)
-
-    def count(duration: str, total: int | None = None) -> int:
-        sizes = {"batch_size": train.batch_size, "steps_per_epoch": per_epoch}
-        return max(1, steps(duration, total=total, **sizes))
-
-    total = count(train.duration)
-    plan = Plan(
-        total=total,
-        steps_per_epoch=per_epoch,
-        log_every=min(count(train.log_every, total), total),
-        eval_every=count(train.eval_every, total),
-        save_every=count(train.save_every, total),
-    )
-    return Run(
-        config=config,
-        splits=splits,
-        model=model,
-        task=task,
-        preprocessing=preprocessing,
-        plan=plan,
-        accelerator=accelerator,
-    )
-
-
-def train(config: RunConfig, folder: Path, *, command: str) -> Result:
+def train(config: RunConfig, folder: Path, *, command: str, splits: Splits | None = None) -> Result:
     """Train, test and save into a run folder.
 
     Args:
         config: The resolved config.
         folder: The run folder; it must be empty or absent unless the config resumes or overwrites.
         command: What the manifest states as the command that repeats the run.
+        splits: Data at hand, in place of what the config's `data` section names.
 
     Raises:
-        ValueError: Anything that does not fit, before anything is written; a loss that is not finite.
+        ValueError: Anything that does not fit, before anything is written; a loss that is not finite; memory
+            or disk that does not suffice.
+        KeyboardInterrupt: Ctrl-C; the run was saved.
     """
-    _check_free(folder, config.train)
-    run = prepare(config)
-    _make_run_folder(folder, config.train)
-    section, splits, plan = config.train, run.splits, run.plan
-    device = run.accelerator.device
-    began, cpu_began = time.time(), time.process_time()
-    optimizer = build_optimizer(run.task, _without_decay(run), config.optim)
-    average = MovingAverage(run.task.trained(), section.ema) if section.ema else None
-    # Before anything is written: a config that does not fit the checkpoint must leave the run as it is.
-    checkpoint = folder / "checkpoints" / "last.pt"
-    start = restore(run.task, optimizer, average, checkpoint) if section.resume else 0
-    # Where the run lies is part of it; whether it was resumed or replaced another one is not.
-    again = {"output": folder, "resume": False, "overwrite": False}
-    stored = config.model_copy(update={"train": config.train.model_copy(update=again)})
-    write_whole(folder / "config.yaml", stored.to_yaml())
-    write_whole(folder / "augmented.npy", _augmented_examples(run))
+    check_free(folder, config.train)
+    run = prepare(config, splits)
+    with claimed(folder, config.train):
+        return _train(run, folder, command)
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
+
+def _train(run: Run, folder: Path, command: str) -> Result:
+    config, section, splits = run.config, run.config.train, run.splits
+    device = run.accelerator.device
+    cpu_began = time.process_time()
+    average = MovingAverage(run.task.trained(), section.ema) if section.ema else None
+    sharded = section.parallel == "fsdp" and world() > 1
+    if sharded:
+        for sharing in (run.model, None if average is None else average.model):
+            if isinstance(sharing, Encoder):
+                shard_model(sharing)
+    state = TrainingState(
+        task=run.task,
+        optimizer=build_optimizer(run.task, run.model, config.optim),
+        average=average,
+        scaler=run.accelerator.scaler,
+    )
+    # Before anything is written: a config that does not fit the checkpoint must leave the run as it is.
+    if section.resume:
+        restore_checkpoint(folder / "checkpoints", state)
+    resumed_at = state.step
+    if is_main():
+        # Where the run lies is part of it; whether it was resumed or replaced another one is not.
+        again = {"output": folder, "resume": False, "overwrite": False}
+        stored = config.model_copy(update={"train": section.model_copy(update=again)})
+        write_whole(folder / "config.yaml", stored.to_yaml())
+        write_whole(folder / "augmented.npy", _augmented_examples(run))
+
+    watch = Watch(
+        total=run.plan.total, clip_norm=config.optim.clip_norm, num_classes=len(splits.train.classes)
+    )
+    for record in records_until(folder / "metrics.jsonl", state.step) if state.step else ():
+        watch.observe(record)  # what was said before the run was interrupted is not said again
+    if splits.val is not None:
+        images, _ = splits.val.batch(np.arange(min(len(splits.val), WATCHED)))
+        watched = run.preprocessing.prepare(images.to(device))
+
+    def evaluate(model: nn.Module) -> dict[str, Any]:
         assert splits.val is not None
+        assert isinstance(model, Encoder)
         logits = predict_logits(
             model, splits.val, run.preprocessing, batch_size=section.eval_batch_size, device=device
         )
@@ -179,164 +127,84 @@ def train(config: RunConfig, folder: Path, *, command: str) -> Result:
         return {
             "loss": float(F.cross_entropy(logits, labels)),
             "accuracy": float((logits.argmax(dim=1) == labels).float().mean()),
+            "collapse": attention_collapse(model, watched),
         }
 
-    fit(
-        run.task,
-        lambda start: training_batches(run, start),
-        plan=plan,
-        optimizer=optimizer,
-        schedule=learning_rate(config.optim, plan.total, plan.steps_per_epoch, section.batch_size),
-        accelerator=run.accelerator,
-        clip_norm=config.optim.clip_norm,
-        average=average,
-        evaluate=evaluate if splits.val is not None else None,
-        checkpoint=checkpoint,
-        metrics=folder / "metrics.jsonl",
-        start=start,
-        compile=section.compile,
-    )
-    trained = time.time()
+    try:
+        fit(
+            state,
+            lambda start: training_batches(run, start),
+            plan=run.plan,
+            schedule=learning_rate(
+                config.optim, run.plan.total, run.plan.steps_per_epoch, section.batch_size
+            ),
+            accelerator=run.accelerator,
+            clip_norm=config.optim.clip_norm,
+            metrics=folder / "metrics.jsonl",
+            seed=section.seed,
+            evaluate=evaluate if splits.val is not None else None,
+            checkpoints=folder / "checkpoints",
+            micro_batch=None if section.micro_batch == "auto" else section.micro_batch,
+            split_on_out_of_memory=section.micro_batch == "auto",
+            patience=section.patience,
+            sharded=sharded,
+            compile=section.compile,
+            watch=watch.observe,
+        )
+    except NotFiniteError as error:
+        found = first_nonfinite(run.task, error.batch, error.step)
+        advice = (
+            "the same batch gave finite numbers when it was tried again" if found is None else found.advice()
+        )
+        raise ValueError(f"{error}: {advice}; the checkpoint before it is kept") from None
 
-    model = run.task.trained() if average is None else average.model
-    assert isinstance(model, Encoder)
-    save_model(
-        folder / "model",
-        model,
-        name=config.model.name,
-        classes=splits.train.classes,
-        preprocessing=run.preprocessing.to_dict(),
+    model = _finished_model(state, sharded)
+    if is_main():
+        assert config.model.name is not None
+        save_model(
+            folder / "model",
+            model,
+            name=config.model.name,
+            classes=splits.train.classes,
+            preprocessing=run.preprocessing.to_dict(),
+        )
+    # A sharded model needs every process; the finished copy is whole.
+    logits = predict_logits(
+        state.model(), splits.test, run.preprocessing, batch_size=section.eval_batch_size, device=device
     )
-    metrics = evaluate_and_write(
-        folder, model, run.preprocessing, splits.test, batch_size=section.eval_batch_size, device=device
-    )
-    macs = count_macs(model, (model.config.in_chans, *model.config.image_shape))
-    images_seen = plan.total * section.batch_size
-    manifest = {
-        "command": command,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": section.seed,
-        "parameters": count_parameters(model),
-        "macs_per_image": macs,
-        "images_seen": images_seen,
-        "training_petaflop": 3 * 2 * macs * images_seen / 1e15,
-        "training_seconds": round(trained - began, 1),
-        "cpu_seconds": round(time.process_time() - cpu_began, 1),
-        "resumed": section.resume,
-        "test_accuracy": metrics.accuracy,
-        "data": {
-            name: {"images": len(part), "fingerprint": part.fingerprint}
-            for name, part in (("train", splits.train), ("val", splits.val), ("test", splits.test))
-            if part is not None
-        },
-        "hardware": hardware(device),
-        "versions": versions(),
-    }
-    write_whole(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    metrics = _measure(logits, splits.test)
+    if is_main():
+        _write_evaluation(folder, logits, splits.test, metrics)
+        content = manifest(
+            run,
+            state,
+            model,
+            test_accuracy=metrics.accuracy,
+            command=command,
+            cpu_seconds=time.process_time() - cpu_began,
+            resumed_at=resumed_at,
+        )
+        write_whole(folder / "manifest.json", json.dumps(content, indent=2) + "\n")
     return Result(
         folder=folder, model=model, preprocessing=run.preprocessing, test=splits.test, metrics=metrics
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What a run would cost, before it is started."""
-
-    parameters: int
-    macs_per_image: int
-    steps: int
-    steps_per_epoch: int
-    seconds_per_epoch: float
-    """Measured over a few steps on this machine, at the size the run ends with."""
-
-
-def estimate(config: RunConfig, timed_steps: int = 5) -> Estimate:
-    """Build a run and time a few of its steps; nothing is written.
-
-    Raises:
-        ValueError: As `train` would.
-    """
-    run = prepare(config)
-    optimizer = build_optimizer(run.task, _without_decay(run), config.optim)
-    run.task.train()
-    began = time.perf_counter()
-    last = run.plan.total
-    warmup = 2
-    for count, batch in enumerate(training_batches(run, max(0, last - timed_steps - warmup))):
-        if count == warmup:
-            began = time.perf_counter()
-        with run.accelerator.autocast():
-            loss = run.task(batch, count)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        float(loss.detach())  # wait for the device
-    timed = max(min(last, timed_steps + warmup) - warmup, 1)
-    model = run.model
-    return Estimate(
-        parameters=count_parameters(model),
-        macs_per_image=count_macs(model, (model.config.in_chans, *model.config.image_shape)),
-        steps=run.plan.total,
-        steps_per_epoch=run.plan.steps_per_epoch,
-        seconds_per_epoch=(time.perf_counter() - began) / timed * run.plan.steps_per_epoch,
-    )
-
-
-def evaluate_and_write(
-    folder: Path,
-    model: Encoder,
-    preprocessing: Preprocessing,
-    images: ImageSet,
-    *,
-    batch_size: int,
-    device: torch.device,
-) -> ClassificationMetrics:
-    """Test a classifier on an image set and keep the numbers in `folder/evaluation/`."""
-    logits = predict_logits(model, images, preprocessing, batch_size=batch_size, device=device)
-    probabilities = logits.softmax(dim=1).numpy()
-    metrics = classification_metrics(probabilities, images.labels, images.classes)
-    write_evaluation(
-        folder / "evaluation", f"{images.name}-{images.split}", metrics, probabilities, images.labels
-    )
-    return metrics
-
-
-def training_batches(run: Run, start: int) -> Iterator[Batch]:
-    """Augmented, normalised batches from step `start` to the end of the run.
-
-    The order is a function of seed and epoch, the augmentation one of seed and step: whoever starts in the
-    middle gets the batches that would have come.
-    """
-    config, section, device = run.config, run.config.train, run.accelerator.device
-    augment, mix = Augment(config.augment), Mix(config.augment, len(run.splits.train.classes))
-    sizes = {"batch_size": section.batch_size, "steps_per_epoch": run.plan.steps_per_epoch}
-    stop_at = steps(config.augment.stop_at, total=run.plan.total, **sizes)
-    progressive = sorted(
-        (steps(at, total=run.plan.total, **sizes), size) for at, size in section.progressive.items()
-    )
-    generator = torch.Generator()
-    step = start
-    while step < run.plan.total:
-        epoch, first = divmod(step, run.plan.steps_per_epoch)
-        for images, labels in batches(
-            run.splits.train, section.batch_size, seed=section.seed, epoch=epoch, start=first
-        ):
-            if step == run.plan.total:
-                return
-            generator.manual_seed(section.seed * 1_000_003 + step)
-            strong = step < stop_at
-            pixels = augment(images.to(device, non_blocking=True), generator, strong=strong)
-            targets = labels.to(device, non_blocking=True)
-            size = next((size for begin, size in reversed(progressive) if begin <= step), None)
-            if size is not None and size != pixels.shape[-1]:
-                pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
-            elif size is None:
-                pixels = run.preprocessing.resize(pixels)
-            pixels = run.preprocessing.normalise(pixels).contiguous(memory_format=torch.channels_last)
-            if strong:
-                pixels, targets = mix(pixels, targets, generator)
-            yield {"images": pixels, "targets": targets}
-            step += 1
+def _finished_model(state: TrainingState, sharded: bool) -> Encoder:
+    """The model of the run's end, or the best one where the run could stop early; whole."""
+    model = state.model()
+    assert isinstance(model, Encoder)
+    if state.best_weights is not None:
+        set_model_state_dict(
+            model, dict(state.best_weights), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+    if not sharded:
+        return model
+    weights = unsharded_state(model)
+    whole = model.config.build()
+    if is_main():  # the others were given nothing
+        whole.load_state_dict(weights)
+    return whole
 
 
 def _augmented_examples(run: Run, most: int = 20) -> bytes:
@@ -350,97 +218,31 @@ def _augmented_examples(run: Run, most: int = 20) -> bytes:
     return content.getvalue()
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What the run ran on."""
-    found: dict[str, Any] = {
-        "device": str(device),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+def evaluate_and_write(
+    folder: Path,
+    model: Encoder,
+    preprocessing: Preprocessing,
+    images: Images,
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> ClassificationMetrics:
+    """Test a classifier on an image set and keep the numbers in `folder/evaluation/`."""
+    logits = predict_logits(model, images, preprocessing, batch_size=batch_size, device=device)
+    metrics = _measure(logits, images)
+    _write_evaluation(folder, logits, images, metrics)
+    return metrics
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers, and the commit where there is one."""
-    found = {name: metadata.version(name) for name in ("vitrail", "torch", "torchvision", "numpy")}
-    found["python"] = platform.python_version()
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
+def _measure(logits: Tensor, images: Images) -> ClassificationMetrics:
+    return classification_metrics(logits.softmax(dim=1).numpy(), images.labels, images.classes)
+
+
+def _write_evaluation(folder: Path, logits: Tensor, images: Images, metrics: ClassificationMetrics) -> None:
+    write_evaluation(
+        folder / "evaluation",
+        f"{images.name}-{images.split}",
+        metrics,
+        logits.softmax(dim=1).numpy(),
+        images.labels,
     )
-    if git.returncode == 0:
-        found["commit"] = git.stdout.strip()
-    return found
-
-
-def _check_free(folder: Path, section: TrainSection) -> None:
-    """Refuse a run folder that holds something, before anything is built."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give another run folder with --train.output")
-    if section.resume or not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not section.overwrite:
-        raise ValueError(
-            f"run folder {folder} is not empty: go on with --resume, replace it with --overwrite, "
-            "or choose another with --output"
-        )
-    if not (folder / "config.yaml").exists():
-        raise ValueError(f"{folder} is not a run folder (no config.yaml): it is not replaced")
-
-
-def _make_run_folder(folder: Path, section: TrainSection) -> None:
-    """Make the run folder, empty unless the run resumes; `_check_free` has agreed."""
-    try:
-        if folder.exists() and not section.resume:
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"run folder {folder} cannot be made: {error.strerror}") from None
-
-
-def _accelerator(section: TrainSection) -> Accelerator:
-    """accelerate, on the device and in the precision that were asked for."""
-    # accelerate keeps the first precision of a process for good; a notebook may train twice.
-    if not torch.distributed.is_initialized():
-        AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        cpu=section.device == "cpu", mixed_precision=_precision(section.precision, section.device)
-    )
-    if section.device not in {"auto", accelerator.device.type}:
-        raise ValueError(
-            f"train.device {section.device} is not here: accelerate offers {accelerator.device.type}"
-        )
-    return accelerator
-
-
-def _precision(wanted: str, device: str) -> str:
-    """accelerate's name of the precision."""
-    cuda = torch.cuda.is_available() and device != "cpu"
-    if wanted == "auto":
-        # Measured: on CPUs the small models of the recipes are slower under bfloat16 autocast.
-        wanted = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    if wanted == "fp16" and not cuda:
-        raise ValueError(
-            "train.precision fp16 needs a GPU: on a CPU it is a hundred times slower than float32; "
-            "take bf16, the CPU's half precision"
-        )
-    return "no" if wanted == "fp32" else wanted
-
-
-def _without_decay(run: Run) -> set[str]:
-    """Names in the task of the parameters that the model wants without weight decay."""
-    exempt = {id(run.model.get_parameter(name)) for name in run.model.no_weight_decay()}
-    return {name for name, parameter in run.task.named_parameters() if id(parameter) in exempt}
-
-
-def _cpu_name() -> str:
-    if sys.platform.startswith("linux"):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

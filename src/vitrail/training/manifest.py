@@ -1,0 +1,105 @@
+"""What a reader needs to trust and repeat a run: command, data, seeds, compute, time, hardware, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitrail.evaluation.cost import count_macs, count_parameters
+from vitrail.models import Encoder
+from vitrail.processes import world
+from vitrail.training.checkpoint import TrainingState
+from vitrail.training.setup import Run
+
+
+def manifest(
+    run: Run,
+    state: TrainingState,
+    model: Encoder,
+    *,
+    test_accuracy: float,
+    command: str,
+    cpu_seconds: float,
+    resumed_at: int,
+) -> dict[str, Any]:
+    """The content of `manifest.json`.
+
+    Args:
+        run: As it was prepared.
+        state: At the end.
+        model: The finished model, whole.
+        test_accuracy: Share, 0 to 1.
+        command: What repeats the run.
+        cpu_seconds: Of this process, since the training began or went on.
+        resumed_at: The step at which this process took the run up; 0: it began it.
+    """
+    macs = count_macs(model, (model.config.in_chans, *run.preprocessing.img_size))
+    images_seen = state.step * run.config.train.batch_size
+    parts = (("train", run.splits.train), ("val", run.splits.val), ("test", run.splits.test))
+    return {
+        "command": command,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": run.config.train.seed,
+        "parameters": count_parameters(model),
+        "macs_per_image": macs,
+        "steps": state.step,
+        "best_step": state.best_step or None,
+        "images_seen": images_seen,
+        "training_petaflop": 3 * 2 * macs * images_seen / 1e15,
+        "training_seconds": round(state.seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "resumed_at_step": resumed_at or None,
+        "test_accuracy": test_accuracy,
+        "data": {
+            name: {"images": len(part), "fingerprint": part.fingerprint}
+            for name, part in parts
+            if part is not None
+        },
+        "processes": world(),
+        "hardware": hardware(run.accelerator.device),
+        "versions": versions(),
+    }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the run ran on."""
+    found: dict[str, Any] = {
+        "device": str(device),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers, and the commit where there is one."""
+    found = {name: metadata.version(name) for name in ("vitrail", "torch", "torchvision", "numpy")}
+    found["python"] = platform.python_version()
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if git.returncode == 0:
+        found["commit"] = git.stdout.strip()
+    return found
+
+
+def _cpu_name() -> str:
+    if sys.platform.startswith("linux"):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
