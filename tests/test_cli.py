@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -19,7 +20,7 @@ from vitrail.cli import main, parse_overrides
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[[str], tuple[int, str, str]]
-TINY = "--epochs 2 --model.depth 1 --model.embed_dim 16 --batch_size 256 --train.device cpu"
+TINY = "--epochs 2 --model.depth 4 --model.embed_dim 16 --batch_size 256 --train.device cpu"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,20 @@ def work_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = (load_digits().images[7] * 15.9).astype("uint8")
     (folder / "docs" / "images").mkdir(parents=True)
     Image.fromarray(pixels).save(folder / "docs" / "images" / "digit.png")
+    _write_photos(folder / "photos")
     return folder
+
+
+def _write_photos(folder: Path) -> None:
+    """Class folders of pictures of unequal size: stripes and noise."""
+    random = np.random.default_rng(0)
+    for label in ("noise", "stripes"):
+        (folder / label).mkdir(parents=True)
+        for number in range(20):
+            array = random.integers(0, 256, (40 + number, 48, 3), dtype=np.uint8)
+            if label == "stripes":
+                array[::4] = 255
+            Image.fromarray(array).save(folder / label / f"{number}.png")
 
 
 @pytest.fixture

@@ -148,6 +148,14 @@ def _run(words: list[str]) -> None:
     report.add_argument("run", metavar="RUN", help="run folder")
     report.set_defaults(act=_report)
 
+    data = verbs.add_parser("data", help="look at a data set before a model is trained on it")
+    data.add_argument("dataset", metavar="DATASET", help="a name, a folder of images, or a hub id")
+    data.add_argument("--root", type=Path, help="folder with data sets; else VITRAIL_DATA")
+    data.add_argument("--label-column", "--label_column", help="column of the label, where there are several")
+    data.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw some images of each class")
+    data.add_argument("--json", action="store_true", help="print everything as JSON")
+    data.set_defaults(act=_data)
+
     models = verbs.add_parser("models", help="list the models")
     models.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, e.g. 'vit_*_224'")
     models.set_defaults(act=_models)
@@ -464,6 +472,20 @@ def _report(options: argparse.Namespace) -> None:
         test=_test_images(data, stored.preprocessing),
     )
     print(f"report {report}")
+
+
+def _data(options: argparse.Namespace) -> None:
+    from vitrail.datasets import find_items
+    from vitrail.datasets.inspect import contact_sheet, inspect_dataset
+    from vitrail.files import write_whole
+
+    parts, ignored = find_items(options.dataset, root=options.root, label_column=options.label_column)
+    found = inspect_dataset(parts, ignored)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
+    if options.sheet is not None:
+        write_whole(options.sheet, contact_sheet(next(iter(parts.values()))))
+        if not options.json:
+            print(f"sheet {options.sheet}")
 
 
 def _models(options: argparse.Namespace) -> None:

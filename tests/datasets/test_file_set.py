@@ -76,10 +76,11 @@ class TestDecode:
     @pytest.mark.parametrize("subsampling", [0, 2])
     @pytest.mark.parametrize("side", [128, 64, 31])
     @pytest.mark.parametrize("size", [(400, 600), (513, 385), (387, 387)])
-    def test_at_a_reduced_scale_it_is_pillow_to_two_levels(self, size, side, subsampling) -> None:
+    def test_at_a_reduced_scale_it_is_pillow_to_three_levels(self, size, side, subsampling) -> None:
         encoded = jpeg(*size, subsampling=subsampling)
         exact = decode_image(encoded, "x", 3, (side, side))
-        assert 0 < difference(decode_resized(encoded, "x", (side, side), 3), exact) <= 2.0
+        # The noise has more detail than photographs have, where it is one level.
+        assert 0 < difference(decode_resized(encoded, "x", (side, side), 3), exact) <= 3.0
 
     @pytest.mark.parametrize(
         ("side", "scale"), [(401, 1), (134, 1), (133, 2), (67, 2), (66, 4), (34, 4), (33, 8), (10, 8)]
@@ -112,7 +113,7 @@ class TestDecode:
 
     def test_real_photographs(self, real_data) -> None:
         files = sorted((real_data / "imagenet-sample").glob("*.JPEG"))[::8]
-        for side, most in ((224, 0.25), (64, 2.0)):
+        for side, most in ((224, 0.2), (64, 1.0)):
             found = [
                 difference(
                     decode_resized(path.read_bytes(), str(path), (side, side), 3),
@@ -122,7 +123,7 @@ class TestDecode:
             ]
             assert len(found) == 25
             assert np.mean(found) <= most
-            assert max(found) <= 6.0
+            assert max(found) <= 4.0
 
 
 class TestCrop:

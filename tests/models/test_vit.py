@@ -9,7 +9,8 @@ import timm
 import torch
 
 from vitrail.components.tap import record
-from vitrail.models import VARIANTS, build_model, list_models, model_config
+from vitrail.models import build_model, list_models, model_config
+from vitrail.models.vit import VARIANTS
 
 # numbers.md 4.2, and timm for the rest.
 PARAMETERS = {

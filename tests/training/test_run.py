@@ -232,10 +232,10 @@ def test_every_recipe_builds(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     try:
         cost = estimate(config, timed_steps=1)
     except ValueError as error:
-        if "VITRAIL_DATA" in str(error):
+        if "VITRAIL_DATA" in str(error) or str(error).startswith("imagenet: expected"):
             pytest.skip(f"{config.data.name} is not at hand")
         raise
-    assert cost.parameters < 2_000_000
+    assert cost.parameters < 2_000_000  # the recipes for small images; those for ImageNet were skipped
     assert cost.seconds_per_epoch > 0
 
 

@@ -12,6 +12,8 @@ both ways give the same result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,15 +47,47 @@ def attend(
     """
     if not (scores.watched or weights.watched):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-    logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # [B, H, L, S]
-    if bias is not None:
-        logits = logits + bias
-    shares = weights(scores(logits).softmax(dim=-1))
+    shares = weights(scores(attention_scores(query, key, bias)).softmax(dim=-1))
     return F.dropout(shares, dropout) @ value
+
+
+def attention_scores(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The logits of the explicit path, q k^T / sqrt(d) + bias: [B, H, L, d], [B, H, S, d] -> [B, H, L, S]."""
+    logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    return logits if bias is None else logits + bias
+
+
+AttentionCore = Callable[..., Tensor]
+"""A function with the arguments and the result of `attend`."""
+
+
+def project_qkv(qkv: nn.Linear, x: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """One packed projection -> queries [B, L, D], keys and values [B, N, D].
+
+    Args:
+        qkv: D -> 3 D; its rows make queries, then keys, then values.
+        x: [B, N, D].
+        queries: L, how many tokens ask, from the first on; None: all N.
+    """
+    D = x.shape[2]
+    if queries is None:
+        q, k, v = qkv(x).unflatten(2, (3, D)).unbind(2)
+        return q, k, v
+    to_q, to_kv = qkv.weight.split((D, 2 * D))
+    bias_q, bias_kv = (None, None) if qkv.bias is None else qkv.bias.split((D, 2 * D))
+    k, v = F.linear(x, to_kv, bias_kv).unflatten(2, (2, D)).unbind(2)
+    return F.linear(x[:, :queries], to_q, bias_q), k, v
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, N, D] -> [B, H, N, d]."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2); parameter names are timm's.
+
+    `core` mixes the values: `attend`, or one of its sparse and linear relatives.
 
     Taps: `query`, `key`, `value` [B, H, N, d] (after QK-norm and rotation), `scores` and `weights`
     [B, H, N, N], `mixed` [B, N, D] (heads side by side, before the output projection).
@@ -68,11 +102,13 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         attn_drop: float = 0.0,
         drop: float = 0.0,
+        core: AttentionCore = attend,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
+        self.core = core
         self.attn_drop = attn_drop
         head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -102,21 +138,15 @@ class Attention(nn.Module):
         Returns:
             [B, N, D], or [B, queries, D].
         """
-        D = x.shape[2]
-        if queries is None:
-            q, k, v = (self._heads(part) for part in self.qkv(x).unflatten(2, (3, D)).unbind(2))
-        else:
-            to_q, to_kv = self.qkv.weight.split((D, 2 * D))
-            bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split((D, 2 * D))
-            q = self._heads(F.linear(x[:, :queries], to_q, bias_q))
-            k, v = (self._heads(part) for part in F.linear(x, to_kv, bias_kv).unflatten(2, (2, D)).unbind(2))
-            bias = None if bias is None else bias[..., :queries, :]
+        q, k, v = (split_heads(part, self.num_heads) for part in project_qkv(self.qkv, x, queries))
+        if bias is not None:
+            bias = bias[..., :queries, :]
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             cosine, sine = rotary
             q = rotate(q, cosine[..., :queries, :], sine[..., :queries, :])
             k = rotate(k, cosine, sine)
-        mixed = attend(
+        mixed = self.core(
             self.query(q),
             self.key(k),
             self.value(v),
@@ -127,7 +157,3 @@ class Attention(nn.Module):
         )
         mixed = self.mixed(mixed.transpose(1, 2).flatten(2))  # [B, N, D]
         return self.proj_drop(self.proj(mixed))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, H, N, d]."""
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)

@@ -10,7 +10,7 @@ from vitrail.datasets.file_set import FileSet, Images
 from vitrail.datasets.images import ImageSet, stratified_split
 from vitrail.datasets.loading import batches, steps_per_epoch
 from vitrail.datasets.sources import SOURCES, Source
-from vitrail.datasets.splits import Splits, from_dataset, list_datasets, load_dataset
+from vitrail.datasets.splits import Splits, find_items, from_dataset, list_datasets, load_dataset
 from vitrail.datasets.transforms import BrokenImageError, Preprocessing
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Source",
     "Splits",
     "batches",
+    "find_items",
     "from_dataset",
     "list_datasets",
     "load_dataset",

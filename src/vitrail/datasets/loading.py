@@ -137,11 +137,18 @@ class BatchReader:
                 )
             if not 0.0 < resized_crop <= 1.0:
                 raise ValueError(f"resized_crop: expected above 0 to 1, got {resized_crop}")
-        self._images, self._batch_size, self._seed = images, batch_size, seed
-        self._shuffle, self._drop_last, self._shard = shuffle, drop_last, shard
+        self._images = images
+        self._order = _Order(
+            images=len(images),
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            shard=shard,
+        )
         self._decoder = _Decoder(images, seed, resized_crop) if isinstance(images, FileSet) else None
-        self._parts = _Parts()
-        self._loader = self._start(self._decoder, workers) if self._decoder and workers else None
+        self._workers, self._parts = workers, _Parts()
+        self._loader: DataLoader[_Pair | ValueError] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Read one epoch.
@@ -159,41 +166,44 @@ class BatchReader:
             BrokenImageError: An image that cannot be decoded, when its batch is due.
             ValueError: A worker process was killed.
         """
-        parts = self._parts_of(epoch, start)
+        parts = self._order.parts(epoch, start)
         if self._decoder is None:
             for part in parts:
                 yield self._images.batch(part.indices)
-        elif self._loader is None:
+        elif not self._workers:
             for part in parts:
                 yield _raised(self._decoder[part])
         else:
-            self._parts.next = parts
-            yield from _from_workers(self._loader)
+            yield from self._from_workers(self._decoder, parts)
 
-    def _parts_of(self, epoch: int, start: int) -> Iterator[_Part]:
-        """This process's part of each batch."""
-        n, (rank, world) = len(self._images), self._shard
-        order = np.random.default_rng([self._seed, epoch]).permutation(n) if self._shuffle else np.arange(n)
-        for step in range(start, steps_per_epoch(n, self._batch_size, self._drop_last)):
-            first = step * self._batch_size
-            each, left = divmod(min(self._batch_size, n - first), world)
-            begin = first + rank * each + min(rank, left)
-            end = begin + each + (rank < left)
-            if begin < end:
-                yield _Part(indices=order[begin:end], epoch=epoch, first=begin)
-
-    def _start(self, decoder: _Decoder, workers: int) -> DataLoader[_Pair | ValueError]:
-        return DataLoader(
-            decoder,
-            batch_size=None,
-            sampler=self._parts,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            persistent_workers=True,
-            worker_init_fn=_leave_interrupts_to_parent,
-            pin_memory=torch.cuda.is_available(),
-            # Without its own, every epoch would draw from the generator that dropout draws from.
-            generator=torch.Generator(),
+    def _from_workers(self, decoder: _Decoder, parts: Iterator[_Part]) -> Iterator[_Pair]:
+        if self._loader is None:
+            self._loader = DataLoader(
+                decoder,
+                batch_size=None,
+                sampler=self._parts,
+                collate_fn=_as_it_is,
+                num_workers=self._workers,
+                persistent_workers=True,
+                worker_init_fn=_leave_interrupts_to_parent,
+                pin_memory=torch.cuda.is_available(),
+                # Without its own, every epoch would draw from the generator that dropout draws from.
+                generator=torch.Generator(),
+            )
+        self._parts.next = parts
+        try:
+            for found in self._loader:
+                yield _raised(found)
+            return
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+        # Outside of the handler, so that the traceback does not keep what is left of the workers.
+        self._loader = None
+        raise ValueError(
+            f"a worker process that decodes images ended ({reason}); if memory was short, take fewer workers "
+            "or a smaller batch"
         )
 
 
@@ -206,6 +216,32 @@ class _Part:
     epoch: int
     first: int
     """Position of the first one in the order of the epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """Which images one process reads when. Apart from the reader, which what is still to be read must not
+    keep alive.
+    """
+
+    images: int
+    batch_size: int
+    seed: int
+    shuffle: bool
+    drop_last: bool
+    shard: tuple[int, int]
+
+    def parts(self, epoch: int, start: int) -> Iterator[_Part]:
+        """This process's part of each batch of an epoch, from batch `start` on."""
+        n, (rank, world) = self.images, self.shard
+        order = np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else np.arange(n)
+        for step in range(start, steps_per_epoch(n, self.batch_size, self.drop_last)):
+            first = step * self.batch_size
+            each, left = divmod(min(self.batch_size, n - first), world)
+            begin = first + rank * each + min(rank, left)
+            end = begin + each + (rank < left)
+            if begin < end:
+                yield _Part(indices=order[begin:end], epoch=epoch, first=begin)
 
 
 class _Decoder(Dataset[_Pair | ValueError]):
@@ -236,17 +272,6 @@ class _Parts:
 
     def __iter__(self) -> Iterator[_Part]:
         return self.next
-
-
-def _from_workers(loader: DataLoader[_Pair | ValueError]) -> Iterator[_Pair]:
-    try:
-        for found in loader:
-            yield _raised(found)
-    except RuntimeError as error:
-        raise ValueError(
-            f"a worker process that decodes images ended ({' '.join(str(error).split())[:200]}); if memory "
-            "was short, take fewer workers or a smaller batch"
-        ) from None
 
 
 def _raised(found: _Pair | ValueError) -> _Pair:

@@ -181,6 +181,38 @@ def load_dataset(
     return _splits(_find(str(name), root, geometry, label_column), shares, storage, broken)
 
 
+def find_items(
+    name: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    label_column: str | None = None,
+) -> tuple[dict[str, Items], Mapping[str, int]]:
+    """The encoded images of a data set as they lie there: nothing is decoded, held out or resized.
+
+    Args:
+        name: As for `load_dataset`.
+        root: As for `load_dataset`.
+        label_column: As for `load_dataset`.
+
+    Returns:
+        The items of each split that the source has, and the number of other files by extension.
+
+    Raises:
+        ValueError: As `load_dataset`, as far as names and files are concerned.
+    """
+    source = find_source(str(name))
+    if source is not None and source.hub_id is None:
+        pictures = {
+            own.split: list(zip(own.images[:, 0], own.labels, strict=True)) for own in _digits(source, 1)
+        }
+        options: dict[str, Any] = {"classes": source.classes, "name": source.name}
+        return {split: object_items(own, split=split, **options) for split, own in pictures.items()}, {}
+    if source is not None:
+        return _find_known(source, root, None).parts, {}
+    found = _find(str(name), root, _geometry(None, None), label_column)
+    return found.parts, found.ignored
+
+
 def from_dataset(
     dataset: Any,
     *,

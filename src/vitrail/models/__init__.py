@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from vitrail.models import vit
+from vitrail.models import cait, cct, crossvit, deit, diffvit, pvt, pvt_v2, vit
 from vitrail.models.encoder import Encoder, Features, Stage
 
 __all__ = [
@@ -27,7 +27,16 @@ __all__ = [
     "model_config",
 ]
 
-VARIANTS: dict[str, Any] = {**vit.VARIANTS}
+VARIANTS: dict[str, Any] = {
+    **cait.VARIANTS,
+    **cct.VARIANTS,
+    **crossvit.VARIANTS,
+    **deit.VARIANTS,
+    **diffvit.VARIANTS,
+    **pvt.VARIANTS,
+    **pvt_v2.VARIANTS,
+    **vit.VARIANTS,
+}
 
 SHORT_NAMES = {
     "vit_tiny": "vit_tiny_patch16_224",
@@ -35,6 +44,18 @@ SHORT_NAMES = {
     "vit_base": "vit_base_patch16_224",
     "vit_large": "vit_large_patch16_224",
     "vit_huge": "vit_huge_patch14_224",
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "deit_base": "deit_base_patch16_224",
+    "cait_xxs24": "cait_xxs24_224",
+    "cait_xxs36": "cait_xxs36_224",
+    "cait_s24": "cait_s24_224",
+    "crossvit_tiny": "crossvit_tiny_240",
+    "crossvit_small": "crossvit_small_240",
+    "crossvit_base": "crossvit_base_240",
+    "diffvit_tiny": "diffvit_tiny_patch16_224",
+    "diffvit_small": "diffvit_small_patch16_224",
+    "diffvit_base": "diffvit_base_patch16_224",
 }
 
 

@@ -1,10 +1,11 @@
-"""The Vision Transformer, with its embedding, positions and pooling as switches of one model.
+"""The Vision Transformer, with its embedding, positions, attention and pooling as switches of one model.
 
-    B batch, N patches, P prefix tokens (class token, registers), L = P + N, D width, H heads
+    B batch, N patches, P prefix tokens (class token, distillation token, registers), L = P + N, D width,
+    H heads
 
 Papers: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (ViT); Darcet et al. 2023, "Vision
-Transformers Need Registers"; Hassani et al. 2021 (sequence pooling). Parameter names are timm's, so its
-checkpoints load strictly.
+Transformers Need Registers"; Hassani et al. 2021 (sequence pooling); Touvron et al. 2021 (DeiT: a second
+token and head that learn from a teacher). Parameter names are timm's, so its checkpoints load strictly.
 
 What differs from the paper: the head is one linear layer (the paper's pre-training head has a hidden tanh
 layer; `head="mlp"` gives a hidden GELU layer). `prefix_position=False` adds positions to the patches only and
@@ -15,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from vitrail.components.attention import Attention
+from vitrail.components.attention import Attention, AttentionCore, attend
+from vitrail.components.differential import DifferentialAttention
+from vitrail.components.linear_attention import attend_linear
 from vitrail.components.mlp import Mlp, SwiGLU
 from vitrail.components.patch import PATCH_EMBEDDINGS, patch_grid
 from vitrail.components.position import (
@@ -33,6 +37,7 @@ from vitrail.components.position import (
     resample_table,
 )
 from vitrail.components.residual import DropPath, LayerScale, drop_path_rates
+from vitrail.components.sparse import SparsePattern, attend_top_k, top_k_density
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, Stage
 
@@ -47,7 +52,12 @@ class ViTConfig:
     num_classes: int = 1000  # 0: no head, the pooled features are returned
     embed_dim: int = 768
     depth: int = 12
-    num_heads: int = 12
+    num_heads: int = 12  # differential attention: half of a baseline's, each has two maps
+    attention: Literal["full", "differential", "sparse_topk", "sparse_local", "sparse_axial", "linear"] = (
+        "full"
+    )
+    top_k: int = 16  # sparse_topk: how many patches each patch sees
+    reach: int = 2  # sparse_local: patches see this many rows and columns around them
     mlp_ratio: float = 4.0
     mlp: Literal["gelu", "swiglu"] = "gelu"
     patch_embed: Literal["conv", "linear", "overlap", "stem"] = "conv"
@@ -56,6 +66,7 @@ class ViTConfig:
     )
     prefix_position: bool = True  # learned positions have rows for the prefix tokens too (the paper)
     class_token: bool = True
+    distillation: bool = False  # a second token, with a head of its own that learns from a teacher (DeiT)
     registers: int = 0
     pool: Literal["cls", "mean", "seqpool"] = "cls"
     fc_norm: bool = False  # normalise after pooling instead of before (timm's mean-pooled models)
@@ -69,13 +80,22 @@ class ViTConfig:
     drop_path: float = 0.0  # at the last block, growing linearly from 0
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
+        for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.reach < 0:
+            raise ValueError(f"reach must be at least 0, got {self.reach}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         if self.pool == "cls" and not self.class_token:
             raise ValueError("pool 'cls' needs class_token=True; without one take pool 'mean' or 'seqpool'")
+        if self.distillation and self.pool != "cls":
+            raise ValueError(f"distillation needs pool 'cls', got {self.pool!r}")
+        if self.attention == "linear" and (self.position in ("relative", "rotary") or self.attn_drop):
+            raise ValueError(
+                "attention 'linear' forms no scores: it needs attn_drop 0 and a position that is added to "
+                f"tokens, got position {self.position!r} and attn_drop {self.attn_drop}"
+            )
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -89,8 +109,13 @@ class ViTConfig:
 
     @property
     def num_prefix(self) -> int:
-        """Class token plus registers."""
-        return int(self.class_token) + self.registers
+        """Class token, distillation token, registers."""
+        return int(self.class_token) + int(self.distillation) + self.registers
+
+    @property
+    def map_dim(self) -> int:
+        """Width of the queries and keys of one attention map."""
+        return self.embed_dim // self.num_heads // (2 if self.attention == "differential" else 1)
 
     def build(self) -> ViT:
         """The model, freshly initialised."""
@@ -103,19 +128,12 @@ class Block(nn.Module):
     Taps: `mid` [B, L, D] after the attention's residual sum, `out` [B, L, D] after the MLP's.
     """
 
-    def __init__(self, config: ViTConfig, drop_path: float) -> None:
+    def __init__(self, config: ViTConfig, layer: int, drop_path: float) -> None:
         super().__init__()
         dim = config.embed_dim
         mlp = {"gelu": Mlp, "swiglu": SwiGLU}[config.mlp]
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(
-            dim,
-            config.num_heads,
-            qkv_bias=config.qkv_bias,
-            qk_norm=config.qk_norm,
-            attn_drop=config.attn_drop,
-            drop=config.drop,
-        )
+        self.attn = _attention(config, layer)
         self.ls1 = nn.Identity() if config.layer_scale is None else LayerScale(dim, config.layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = mlp(dim, int(dim * config.mlp_ratio), config.drop)
@@ -133,6 +151,7 @@ class Block(nn.Module):
         x: Tensor,
         grid: Grid,
         index: Tensor | None = None,
+        pattern: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         queries: int | None = None,
     ) -> Tensor:
@@ -142,13 +161,33 @@ class Block(nn.Module):
             x: Prefix tokens, then patches.
             grid: The full grid of patches.
             index: [B, L] places of the tokens in the full sequence, where some were dropped.
+            pattern: Added to the scores: -inf at pairs that sparse attention does not use.
             rotary: Cosines and sines for `Attention`.
             queries: How many tokens, from the first on, are computed; None: all.
         """
-        bias = None if self.rel_pos is None else _pick_pairs(self.rel_pos(grid), index)
+        bias = pattern
+        if self.rel_pos is not None:
+            relative = _pick_pairs(self.rel_pos(grid), index)
+            bias = relative if pattern is None else relative + pattern
         attended = self.attn(self.norm1(x), bias=bias, rotary=rotary, queries=queries)
         x = self.mid(x[:, :queries] + self.drop_path(self.ls1(attended)))
         return self.out(x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))))
+
+
+def _attention(config: ViTConfig, layer: int) -> Attention | DifferentialAttention:
+    """The attention of a block; `layer` counts from 0."""
+    dim, heads = config.embed_dim, config.num_heads
+    bias, norm, drop, attn_drop = config.qkv_bias, config.qk_norm, config.drop, config.attn_drop
+    if config.attention == "differential":
+        return DifferentialAttention(
+            dim, heads, layer=layer, qkv_bias=bias, qk_norm=norm, attn_drop=attn_drop, drop=drop
+        )
+    core: AttentionCore = attend
+    if config.attention == "linear":
+        core = attend_linear
+    elif config.attention == "sparse_topk":
+        core = partial(attend_top_k, count=config.top_k, num_prefix=config.num_prefix)
+    return Attention(dim, heads, qkv_bias=bias, qk_norm=norm, attn_drop=attn_drop, drop=drop, core=core)
 
 
 class ViT(Encoder):
@@ -160,6 +199,7 @@ class ViT(Encoder):
         self.num_features = dim = config.embed_dim
         self.patch_embed = PATCH_EMBEDDINGS[config.patch_embed](config.patch_size, config.in_chans, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.distillation else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, dim)) if config.registers else None
         self.pos_embed: nn.Parameter | nn.Module | None = None
         if config.position == "learned":
@@ -172,13 +212,17 @@ class ViT(Encoder):
         elif config.position == "sincos_2d":
             self.pos_embed = SinCosPosition2d(dim)
         self.rotary = (
-            RotaryPosition2d(dim // config.num_heads, config.num_prefix)
-            if config.position == "rotary"
-            else None
+            RotaryPosition2d(config.map_dim, config.num_prefix) if config.position == "rotary" else None
         )
+        self.pattern: SparsePattern | None = None
+        if config.attention == "sparse_local":
+            self.pattern = SparsePattern("local", config.grid, config.num_prefix, config.reach)
+        elif config.attention == "sparse_axial":
+            self.pattern = SparsePattern("axial", config.grid, config.num_prefix, config.reach)
         self.pos_drop = nn.Dropout(config.drop)
         self.blocks = nn.ModuleList(
-            Block(config, rate) for rate in drop_path_rates(config.drop_path, config.depth)
+            Block(config, layer, rate)
+            for layer, rate in enumerate(drop_path_rates(config.drop_path, config.depth))
         )
         self.norm = nn.Identity() if config.fc_norm else nn.LayerNorm(dim, eps=1e-6)
         self.attention_pool = nn.Linear(dim, 1) if config.pool == "seqpool" else None
@@ -186,7 +230,12 @@ class ViT(Encoder):
         self.embed, self.final = Tap(), Tap()
         self.apply(self._initialise)
         self.reset_classifier(config.num_classes)
-        for parameter, std in ((self.cls_token, 1e-6), (self.reg_token, 1e-6), (self.pos_embed, 0.02)):
+        for parameter, std in (
+            (self.cls_token, 1e-6),
+            (self.dist_token, 0.02),
+            (self.reg_token, 1e-6),
+            (self.pos_embed, 0.02),
+        ):
             if isinstance(parameter, nn.Parameter):
                 nn.init.trunc_normal_(parameter, std=std)
 
@@ -197,19 +246,24 @@ class ViT(Encoder):
 
     def no_weight_decay(self) -> set[str]:
         """Tokens and positions."""
-        tokens = ("cls_token", "reg_token", "pos_embed", "relative_position_bias_table")
+        tokens = ("cls_token", "dist_token", "reg_token", "pos_embed", "relative_position_bias_table")
         return {name for name, _ in self.named_parameters() if any(token in name for token in tokens)}
+
+    def block_names(self) -> tuple[str, ...]:
+        """`blocks.0`, `blocks.1`, ..."""
+        return tuple(f"blocks.{number}" for number in range(len(self.blocks)))
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one; 0: no head, `forward` gives the pooled features [B, D]."""
+        self.head = self._new_head(num_classes)
+        self.head_dist = self._new_head(num_classes) if self.config.distillation else None
+
+    def _new_head(self, num_classes: int) -> nn.Module:
         dim = self.num_features
-        if num_classes == 0:
-            self.head: nn.Module = nn.Identity()
-        elif self.config.head == "mlp":
-            self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, num_classes))
-        else:
-            self.head = nn.Linear(dim, num_classes)
-        self.head.apply(self._initialise)
+        head: nn.Module = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        if num_classes and self.config.head == "mlp":
+            head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), head)
+        return head.apply(self._initialise)
 
     def patch(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Images [B, C, H, W] -> tokens [B, N, D] and the grid (rows, columns)."""
@@ -222,9 +276,9 @@ class ViT(Encoder):
             tokens = tokens + patches_position
         if keep is not None:
             tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[2]))
-        prefix: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        if prefix:
-            first = torch.cat(prefix, dim=1)
+        prefix = (self.cls_token, self.dist_token, self.reg_token)
+        if self.config.num_prefix:
+            first = torch.cat([token for token in prefix if token is not None], dim=1)
             if prefix_position is not None:
                 first = first + prefix_position
             tokens = torch.cat([first.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
@@ -254,6 +308,7 @@ class ViT(Encoder):
         if keep is not None:
             prefix = torch.arange(num_prefix, device=keep.device).expand(keep.shape[0], -1)
             index = torch.cat([prefix, keep + num_prefix], dim=1)  # [B, L]
+        pattern = None if self.pattern is None else _pick_pairs(self.pattern(grid), index)
         rotary = None
         if self.rotary is not None:
             cosine, sine = self.rotary(grid)
@@ -264,7 +319,8 @@ class ViT(Encoder):
 
         seen: dict[int, Features] = {}
         for number, block in enumerate(self.blocks):
-            tokens = block(tokens, grid, index, rotary, queries if number == depth - 1 else None)
+            asking = queries if number == depth - 1 else None
+            tokens = self.run_block(block, tokens, grid, index, pattern, rotary, asking)
             for asked in wanted.get(number, ()):
                 seen[asked] = features(self.norm(tokens), {})
         return features(self.final(self.norm(tokens)), seen)
@@ -287,15 +343,15 @@ class ViT(Encoder):
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, K].
 
-        A class token is all that its head reads, so the last block computes nothing else, unless somebody
-        looks at that block: the logits are the same, a two-block model trains a third faster, ViT-S/16 by
-        some per cent.
+        Class and distillation token are all that their heads read, so the last block computes nothing else,
+        unless somebody looks at that block: the logits are the same, a two-block model trains a third faster,
+        ViT-S/16 by some per cent.
         """
         tokens, grid = self.patch(images)
-        class_only = self.config.pool == "cls" and not self._watched_at_the_end()
-        return self.forward_head(
-            self.encode(self.place(tokens, grid), grid, queries=1 if class_only else None)
-        )
+        read = None
+        if self.config.pool == "cls" and not self._watched_at_the_end():
+            read = 2 if self.config.distillation else 1
+        return self.forward_head(self.encode(self.place(tokens, grid), grid, queries=read))
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -311,8 +367,21 @@ class ViT(Encoder):
         return self.final.watched or any(tap.watched for tap in last)
 
     def forward_head(self, features: Features) -> Tensor:
-        """Pool and classify: features -> logits [B, K]."""
+        """Pool and classify: features -> logits [B, K]; with distillation the mean of both heads."""
+        if self.config.distillation:
+            return torch.stack(self.forward_heads(features)).mean(dim=0)
         return self.head(self.fc_norm(self.pool(features)))
+
+    def forward_heads(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Logits [B, K] from the class token, and [B, K] from the distillation token.
+
+        Raises:
+            ValueError: The model has no distillation token.
+        """
+        if self.head_dist is None:
+            raise ValueError("this model has no distillation token; build it with distillation=True")
+        class_token, distillation_token = self.fc_norm(features.prefix[:, :2]).unbind(1)
+        return self.head(class_token), self.head_dist(distillation_token)
 
     def pool(self, features: Features) -> Tensor:
         """One vector an image, [B, D]: class token, mean of the patches, or sequence pooling."""
@@ -322,6 +391,14 @@ class ViT(Encoder):
             return features.patches.mean(dim=1)
         shares = self.attention_pool(features.patches).softmax(dim=1)  # [B, N, 1]
         return (shares.transpose(1, 2) @ features.patches)[:, 0]
+
+    def attention_density(self, grid: Grid) -> float:
+        """Share of the pairs of tokens that attention uses on a grid, in (0, 1]; 1 unless it is sparse."""
+        if self.pattern is not None:
+            return self.pattern.density(grid)
+        if self.config.attention == "sparse_topk":
+            return top_k_density(grid, self.config.num_prefix, self.config.top_k)
+        return 1.0
 
     def position_table(self, grid: Grid) -> Tensor | None:
         """The positions that are added to the patches, [N, D]; None for none, relative and rotary."""

@@ -73,9 +73,10 @@ def fitting_micro_batch(task: Task, batch: Batch, optimizer: torch.optim.Optimiz
     """Find by trial how many images of a batch go through forward and backward at a time.
 
     Gradients stay allocated while the next micro-batch runs, and AdamW keeps two averages of every weight
-    from its first step on: both count as used. Afterwards there are no gradients; weights stay as they are.
-    Call it under the autocast of the run, and after the `except` block that caught the first error: the error
-    keeps the tensors of the failed step alive.
+    from its first step on: both count as used. A quarter more images than are reported must fit, because free
+    memory lies in pieces that differ from step to step. Afterwards there are no gradients; weights stay as
+    they are. Call it under the autocast of the run, and after the `except` block that caught the first error:
+    the error keeps the tensors of the failed step alive.
 
     Args:
         task: In training mode, on its device.
@@ -89,20 +90,22 @@ def fitting_micro_batch(task: Task, batch: Batch, optimizer: torch.optim.Optimiz
         ValueError: Not even one image fits.
     """
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    count = len(next(iter(batch.values())))
 
     def try_step(size: int) -> None:
         averages = [torch.empty_like(own) for own in parameters if own not in optimizer.state for _ in "mv"]
+        images = torch.arange(size + size // 4) % count
         try:
             for _ in range(2):  # the second with the first one's gradients in memory
-                loss = task({name: value[:size] for name, value in batch.items()}, 0)["loss"]
-                loss.backward()
+                part = {name: value[images.to(value.device)] for name, value in batch.items()}
+                task(part, 0)["loss"].backward()
         finally:
             averages.clear()
             for parameter in parameters:
                 parameter.grad = None
 
     _release()
-    return largest_micro_batch(try_step, len(next(iter(batch.values()))))
+    return largest_micro_batch(try_step, count)
 
 
 def out_of_memory_message(batch_size: int, micro_batch: int, fits: int | None = None) -> str:
