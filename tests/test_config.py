@@ -101,4 +101,4 @@ def test_every_option_is_described() -> None:
 
 
 def test_the_config_is_plain_yaml() -> None:
-    assert yaml.safe_load(RunConfig().to_yaml())["model"]["name"]
+    assert yaml.safe_load(RunConfig().to_yaml())["data"]["name"] == "digits"

@@ -20,7 +20,6 @@ from vitrail.components.tap import record
 from vitrail.config import load_config
 from vitrail.datasets import ImageSet, Preprocessing, Splits, load_dataset
 from vitrail.models import Encoder, build_model, model_config
-from vitrail.models.swin import SwinConfig
 from vitrail.pretrained import create_model, load_model, save_model
 from vitrail.quickstart import (
     AttentionVisualizer,
@@ -685,7 +684,8 @@ def test_every_architecture_gives_maps(name: str, changes: dict, grids: list) ->
 
 def test_windows_give_maps_of_the_whole_image() -> None:
     """Swin, with padding, shifts and windows that shrink: a patch gets what its window gives."""
-    config = SwinConfig(
+    swin = pytest.importorskip("vitrail.models.swin")
+    config = swin.SwinConfig(
         img_size=24, patch_size=2, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=5
     )
     model = config.build()

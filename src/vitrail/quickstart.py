@@ -610,7 +610,7 @@ def _among_all(
 def _in_windows(weights: Tensor, grid: Sequence[int], layout: Any) -> tuple[Tensor, str] | None:
     """Weights [W, H, n, n] of W windows -> maps [H, rows, columns]; None where the layout is another."""
     W, H, n, _ = weights.shape
-    if (W, n) != (math.prod(layout.windows), math.prod(layout.window)):
+    if (W, n) != (math.prod(layout.num_windows), math.prod(layout.window)):
         return None
     # Head by head: among all tokens of an early stage, the weights of one head are many.
     received = [layout.expand(weights[:, head : head + 1]).mean(dim=2)[0] for head in range(H)]

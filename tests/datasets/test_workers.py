@@ -136,6 +136,20 @@ class TestProcesses:
         gc.collect()
         assert wait_until_gone([*own])
 
+    def test_end_at_once_when_the_reader_was_in_a_reference_cycle(self, images) -> None:
+        before = set(children())
+        found = batches(images, 4, seed=0, epoch=0, workers=2)
+        next(found)
+        own = set(children()) - before
+        began = time.monotonic()
+        cycle = [found]
+        cycle.append(cycle)
+        del found, cycle
+        gc.collect()
+        assert wait_until_gone([*own])
+        # The garbage collector would first close the pipes, and the join would wait five seconds a worker.
+        assert time.monotonic() - began < 5.0
+
     def test_read_in_a_thread(self, images) -> None:
         found: list[object] = []
         reader = BatchReader(images, 4, seed=0, workers=1)

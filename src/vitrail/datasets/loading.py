@@ -11,6 +11,7 @@ reading started, and, for the images together, not on the number of processes th
 from __future__ import annotations
 
 import signal
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -149,6 +150,7 @@ class BatchReader:
         self._decoder = _Decoder(images, seed, resized_crop) if isinstance(images, FileSet) else None
         self._workers, self._parts = workers, _Parts()
         self._loader: DataLoader[_Pair | ValueError] | None = None
+        self._loader_held: weakref.finalize | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Read one epoch.
@@ -190,6 +192,10 @@ class BatchReader:
                 # Without its own, every epoch would draw from the generator that dropout draws from.
                 generator=torch.Generator(),
             )
+            # A reader that is part of a reference cycle, as in the frames of a traceback, is taken apart by
+            # the garbage collector in any order. If that closed the pipes to the workers before these were
+            # told to end, it would take ten seconds. Held from elsewhere, the loader goes after the reader.
+            self._loader_held = weakref.finalize(self, _nothing, self._loader)
         self._parts.next = parts
         try:
             for found in self._loader:
@@ -200,6 +206,8 @@ class BatchReader:
                 raise
             reason = " ".join(str(error).split())[:200]
         # Outside of the handler, so that the traceback does not keep what is left of the workers.
+        assert self._loader_held is not None
+        self._loader_held.detach()
         self._loader = None
         raise ValueError(
             f"a worker process that decodes images ended ({reason}); if memory was short, take fewer workers "
@@ -283,6 +291,10 @@ def _raised(found: _Pair | ValueError) -> _Pair:
 def _as_it_is(found: Any) -> Any:
     """Instead of the DataLoader's own conversion, which makes lists of tuples."""
     return found
+
+
+def _nothing(loader: DataLoader[_Pair | ValueError]) -> None:
+    """What is left to do when a reader has gone: to hold its loader no longer."""
 
 
 def _leave_interrupts_to_parent(worker: int) -> None:

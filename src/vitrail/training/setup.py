@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,16 +169,7 @@ def training_batches(run: Run, start: int) -> Iterator[Batch]:
     The order is a function of seed and epoch, the augmentation one of seed and step: whoever starts in the
     middle gets the batches that would have come.
     """
-    return _prefetched(augmented_batches(run, read_batches(run, start), start))
-
-
-def _prefetched(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches; a thread makes the next one while the one before is in use."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
-        ahead = thread.submit(next, batches, None)
-        while (batch := ahead.result()) is not None:
-            ahead = thread.submit(next, batches, None)
-            yield batch
+    return augmented_batches(run, read_batches(run, start), start)
 
 
 def read_batches(run: Run, start: int) -> Iterator[tuple[Tensor, Tensor]]:
