@@ -192,6 +192,8 @@ if __name__ == "__main__":
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # What was started in the background may ignore Ctrl-C, and its children would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         assert run.stdout is not None
         pids = [int(word) for word in run.stdout.readline().split()]

@@ -87,7 +87,7 @@ def test_a_run_stops_when_it_gets_no_better_and_keeps_the_best(tmp_path: Path) -
 def test_ctrl_c_finishes_the_step_saves_and_goes_on(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    norms = training_loop.gradient_norms
+    norms, before = training_loop.gradient_norms, signal.getsignal(signal.SIGINT)
     calls = []
 
     def interrupted(model: torch.nn.Module) -> dict:
@@ -100,7 +100,7 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on(
         patch.setattr(training_loop, "gradient_norms", interrupted)
         with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 10, saved"):
             train(_config({}), tmp_path / "run", command="")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     train(_config({"train.resume": True}), tmp_path / "run", command="")
     assert _losses(tmp_path / "run") == _losses(plain)
 
@@ -139,6 +139,8 @@ def test_fine_tuning_takes_over_architecture_and_preprocessing(plain: Path, tmp_
     before = load_file(plain / "model" / "model.safetensors")
     after = result.model.state_dict()
     assert result.model.config.embed_dim == 16
+    stored = json.loads((plain / "model" / "config.json").read_text())["preprocessing"]
+    assert result.preprocessing.to_dict() == stored
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head."))
     assert not torch.equal(before["head.weight"], after["head.weight"])
     other = load_config(None, {"model.pretrained": str(plain), "model.name": "vit_mnist_2blk"})

@@ -9,7 +9,7 @@ from vitrail.datasets import Images, Preprocessing, batches
 from vitrail.processes import gather_rows, own_rows, world
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the buffers of a sharded model could not be written to afterwards
 def predict_logits(
     model: nn.Module, images: Images, preprocessing: Preprocessing, *, batch_size: int, device: torch.device
 ) -> Tensor:

@@ -65,6 +65,8 @@ def attention_collapse(model: Encoder, images: Tensor) -> CollapseReport:
         return look
 
     names = [name for name in taps(model) if name.endswith((".weights", ".out"))]
+    if not names:
+        return found
     was_training = model.training
     model.eval()
     # `edit` and not `record`: each tensor is measured when it passes; the weights of all blocks of a large
