@@ -290,5 +290,7 @@ def test_what_it_cannot_do_is_said() -> None:
         model.forward_features(images, keep=torch.tensor([[0]]))
     with pytest.raises(ValueError, match="layer 6 of a model with 6 blocks; expected -6 to 5"):
         model.forward_features(images, layers=(6,))
+    with pytest.raises(ValueError, match=r"no block 'block4\.2'; expected one of"):
+        model.key_footprint("block4.2", (32, 32))
     with pytest.raises(ValueError, match=r"expected images \[B, 3, H, W\], got \[1, 1, 32, 32\]"):
         model(images[:, :1])

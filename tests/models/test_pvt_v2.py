@@ -250,5 +250,7 @@ def test_what_it_cannot_do_is_said() -> None:
         model.forward_features(images, keep=torch.tensor([[0]]))
     with pytest.raises(ValueError, match="layer -7 of a model with 6 blocks; expected -6 to 5"):
         model.forward_features(images, layers=(-7,))
+    with pytest.raises(ValueError, match=r"no block 'stages\.4\.blocks\.0'; expected one of"):
+        model.key_footprint("stages.4.blocks.0", (32, 32))
     with pytest.raises(ValueError, match=r"expected images \[B, 3, H, W\], got \[1, 1, 32, 32\]"):
         model(images[:, :1])

@@ -80,7 +80,7 @@ class DatasetSummary:
     splits: tuple[SplitSummary, ...]
     doubles: tuple[SamePicture, ...]
     ignored: Mapping[str, int] = field(default_factory=dict)
-    """Number of files that are not taken for images, by extension."""
+    """Number of files that are not taken for images, by extension, the most frequent first."""
 
     def doubles_in(self, split: str) -> tuple[SamePicture, ...]:
         """Pictures that are in a split more than once."""
@@ -189,7 +189,7 @@ def inspect_dataset(parts: Mapping[str, Items], ignored: Mapping[str, int] | Non
         classes=first.classes,
         splits=tuple(_summary(split, items, looks[split]) for split, items in parts.items()),
         doubles=tuple(_doubles(parts, looks)),
-        ignored=dict(ignored or {}),
+        ignored=dict(sorted((ignored or {}).items(), key=lambda kind: (-kind[1], kind[0]))),
     )
 
 
@@ -211,7 +211,7 @@ def _look(encoded: bytes | Image.Image, source: str) -> _Look:
     plain = convert(picture, 1 if is_grey(picture) else 3, source)
     histogram = np.array(plain.histogram()).reshape(-1, 256)  # [C * 256] -> [C, 256]
     values = np.arange(256) / 255
-    thumb = plain.convert("L").resize((_THUMB, _THUMB), Image.Resampling.BOX)
+    thumb = plain.convert("L").resize((_THUMB, _THUMB), Image.Resampling.BILINEAR)
     return _Look(
         mode=picture.mode,
         size=(picture.height, picture.width),

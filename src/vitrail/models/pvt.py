@@ -286,7 +286,13 @@ class PVT(Encoder):
             block: One of `block_names()`. In the last stage the class token is a key too, the first one; it
                 is not in the footprint.
             image_shape: Height and width of the images.
+
+        Raises:
+            ValueError: There is no such block.
         """
+        names = self.block_names()
+        if block not in names:
+            raise ValueError(f"no block {block!r}; expected one of {names[0]} to {names[-1]}")
         stride = self.stages[int(block.removeprefix("block").split(".")[0]) - 1].stride
         attention = self.get_submodule(f"{block}.attn")
         assert isinstance(attention, SpatialReductionAttention)

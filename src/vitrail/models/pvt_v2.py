@@ -280,7 +280,18 @@ class PVTv2(Encoder):
         return self.head(features.patches.mean(dim=1))
 
     def key_footprint(self, block: str, image_shape: tuple[int, int]) -> Footprint:
-        """Which pixels each key of a block, one of `block_names()`, stands for in images of that shape."""
+        """Which pixels each key of a block stands for.
+
+        Args:
+            block: One of `block_names()`.
+            image_shape: Height and width of the images.
+
+        Raises:
+            ValueError: There is no such block.
+        """
+        names = self.block_names()
+        if block not in names:
+            raise ValueError(f"no block {block!r}; expected one of {names[0]} to {names[-1]}")
         stride = self.stages[int(block.split(".")[1])].stride
         attention = self.get_submodule(f"{block}.attn")
         assert isinstance(attention, ReducedAttention)
