@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "torchvision_ops": set(),
     "components": set(),
     "models": {"components"},
-    "pretrained": {"models", "files"},
+    "pretrained": {"models", "components.position", "files", "torchvision_ops"},
     "datasets": {"config"},
     "tasks": {"components", "models.encoder", "config"},
     "training": {

@@ -78,7 +78,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
             [sys.executable, "-m", "vitrail", "--help"], capture_output=True, text=True, check=True
         )
         times.append(time.perf_counter() - began)
-    for verb in ("train", "sweep", "evaluate", "predict", "report", "models", "recipes"):
+    for verb in ("train", "sweep", "evaluate", "predict", "report", "models", "summary", "recipes"):
         assert re.search(rf"^    {verb} ", done.stdout, re.MULTILINE)
     assert min(times) < 0.5
     code = (
@@ -148,7 +148,7 @@ def test_a_dry_run_trains_nothing(work_folder: Path, run: Run) -> None:
         ("predict nowhere a.png", "no run or model folder nowhere"),
         ("predict runs/demo missing.png", "missing.png"),
         ("report nowhere", "no run or model folder"),
-        ("models 'swim*'", "no model matches 'swim*'"),
+        ("models 'swim*'", "no model matches 'swim*': did you mean swin"),
         ("evaluate runs/demo --dataset mnist --root .", "put .*parquet"),
     ],
 )
@@ -189,8 +189,9 @@ def test_the_exact_command_of_the_mission_parses() -> None:
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     main(["models", "vit_base_patch16_*"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    assert lines[1].split() == ["vit_base_patch16_224", "86,567,656", "3x224x224"]
+    assert lines[1].split() == ["vit_base_patch16_224", "86,567,656", "17.564", "224", "79.15", "AugReg1k"]
+    assert lines[6].split() == ["vit_base_patch16_384", "86,859,496", "55.484", "384", "81.1", "AugReg1k"]
+    assert lines[7] == ""
     main(["recipes"])
     assert "digits-vit" in capsys.readouterr().out
     main(["train", "mnist-vit", "--help"])
@@ -234,3 +235,66 @@ def test_every_picture_of_the_readme_is_there() -> None:
     assert len(pictures) >= 3
     for picture in pictures:
         assert (ROOT / picture).is_file(), picture
+
+
+def test_models_by_a_part_of_the_name_and_as_json(run: Run) -> None:
+    assert [line.split()[0] for line in run("models mnist")[1].splitlines()[1:]] == [
+        "swin_mnist_2blk",
+        "swin_mnist_2blk_patch2",
+        "vit_mnist_2blk",
+        "vit_mnist_small",
+    ]
+    (found,) = json.loads(run("models deit_tiny_patch16_224 --json")[1])
+    assert found["parameters"] == 5_717_416
+    assert found["image_shape"] == [3, 224, 224]
+    assert found["top1"] == [
+        {
+            "percent": 72.2,
+            "recipe": "DeiT",
+            "about": "ImageNet-1k, 300 epochs (Touvron et al. 2021); the authors' repository",
+        }
+    ]
+
+
+def test_summary_of_a_name_a_run_and_a_changed_model(run: Run) -> None:
+    shown = run("summary vit_mnist_2blk")[1]
+    assert "105,098 parameters, 1,795,968 MACs for one image of 1x28x28" in shown
+    assert "qkv" not in shown
+    assert "qkv" in run("summary vit_mnist_2blk --depth 3")[1]
+    for folder in ("runs/demo", "runs/demo/model"):
+        # TINY: four blocks of width 16 on 8 x 8 digits.
+        tree = json.loads(run(f"summary {folder} --json --depth 1")[1])
+        blocks = [own for own in tree["model"]["parts"] if own["kind"] == "Block"]
+        assert [own["shapes"] for own in blocks] == [[[1, 17, 16]]] * 4
+        assert tree["image_shape"] == [1, 8, 8]
+    larger = json.loads(run("summary vit_digits --img-size 16 8 --model.depth 2 --json --depth 1")[1])
+    assert larger["image_shape"] == [1, 16, 8]
+    assert [own["shapes"] for own in larger["model"]["parts"] if own["kind"] == "Block"] == [
+        [[1, 33, 64]]
+    ] * 2
+    assert "--model.KEY VALUE" in run("summary --help")[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("summary", "required: MODEL"),
+        ("summary vit_digit", "unknown model 'vit_digit': did you mean vit_digits"),
+        ("summary runs/nowhere", "no run or model folder runs/nowhere"),
+        ("summary photos", "photos holds no model"),
+        (
+            "summary vit_digits --img-size 1 2 3",
+            "--img-size: expected one number or height and width, got 1 2 3",
+        ),
+        ("summary vit_digits --img-size 0", "--img-size: expected"),
+        ("summary vit_digits --depth -1", "--depth: expected 0 or more"),
+        ("summary vit_digits --optim.lr 1", "unknown option --optim.lr"),
+        ("summary vit_digits --model.depht 1", "no option 'depht': did you mean depth"),
+    ],
+)
+def test_mistakes_with_summary(command: str, message: str, run: Run) -> None:
+    code, _, said = run(command)
+    assert code == 2
+    assert said.startswith("vitrail: ")
+    assert said.count("\n") == 1
+    assert message in said

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ _SHORT = {
     "resume": "train.resume",
     "overwrite": "train.overwrite",
 }
+
+_LISTED_WEIGHTS = 24
+"""So many sources of weights `vitrail models` lists below its table; of more it only says where they are."""
 
 _TRAIN_HELP = """\
 usage: vitrail train [RECIPE] [--section.key VALUE]... [--dry-run]
@@ -156,15 +160,51 @@ def _run(words: list[str]) -> None:
     data.add_argument("--json", action="store_true", help="print everything as JSON")
     data.set_defaults(act=_data)
 
-    models = verbs.add_parser("models", help="list the models")
-    models.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, e.g. 'vit_*_224'")
+    models = verbs.add_parser("models", help="list the models: parameters, cost, published accuracy")
+    models.add_argument(
+        "pattern", nargs="?", default="*", help="shell-style pattern ('vit_*_224'), or a part of the name"
+    )
+    models.add_argument("--json", action="store_true", help="print everything as JSON")
     models.set_defaults(act=_models)
+
+    summary = verbs.add_parser(
+        "summary", help="show a model as a tree, with shapes, parameters and cost", add_help=False
+    )
+    summary.set_defaults(act=_summary)
+
+    sources = (
+        "a run or model folder, a file, an address, timm:NAME.TAG, torchvision:NAME, owner/name on the hub"
+    )
+    convert = verbs.add_parser("convert", help="bring a model into another library's form, and check it")
+    convert.add_argument("source", metavar="SOURCE", help=sources)
+    convert.add_argument("target", metavar="TARGET", type=Path, help="folder to write")
+    formats = ("vitrail", "timm", "transformers", "torchvision")
+    convert.add_argument("--to", choices=formats, default="vitrail", help="whose form (default vitrail)")
+    convert.add_argument("--model", metavar="NAME", help="architecture, for a file that does not tell")
+    for name in ("mean", "std"):
+        convert.add_argument(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            help="a number for each channel, for a file that does not tell",
+        )
+    convert.set_defaults(act=_convert)
+
+    download = verbs.add_parser("download", help="fetch weights now, to use them without network later")
+    download.add_argument("source", metavar="SOURCE", nargs="+", help=sources)
+    download.set_defaults(act=_download)
 
     recipes = verbs.add_parser("recipes", help="list the recipes")
     recipes.set_defaults(act=_recipes)
 
     # These take any dotted key as a flag, which argparse cannot know.
-    configured = {"train": _train, "sweep": _sweep, "profile": _profile, "lr-range": _lr_range}
+    configured = {
+        "train": _train,
+        "sweep": _sweep,
+        "profile": _profile,
+        "lr-range": _lr_range,
+        "summary": _summary,
+    }
     if words and words[0].replace("_", "-") in configured:
         configured[words[0].replace("_", "-")](words[1:])
         return
@@ -489,20 +529,105 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace) -> None:
+    from vitrail.models.catalogue import find_variants, table
+    from vitrail.pretrained.weights import weights_of
+
+    found = find_variants(options.pattern)
+    if options.json:
+        listed = [variant.to_dict() | {"weights": weights_of(variant.name)} for variant in found]
+        print(json.dumps(listed, indent=2))
+        return
+    print(table(found, _width()))
+    lines = [f"  {source}" for variant in found for source in weights_of(variant.name)]
+    if 0 < len(lines) <= _LISTED_WEIGHTS:
+        print("\nweights, for --model.pretrained and `vitrail download`")
+        print("\n".join(lines))
+    elif lines:
+        print("\n`vitrail models NAME` also lists a model's weights")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from vitrail.pretrained import export_model, import_model
+
+    if (options.mean is None) != (options.std is None):
+        raise ValueError("--mean and --std belong together: give both or neither")
+    if options.target.exists() and (not options.target.is_dir() or any(options.target.iterdir())):
+        raise ValueError(f"{options.target} is not an empty folder: choose another target")
+    model, report = import_model(options.source, model=options.model, mean=options.mean, std=options.std)
+    print(report.text())
+    check = export_model(model, options.target, options.to)
+    print(f"{options.target}: {options.to}; read back, its logits differ by {check.read_back:.2g}")
+    if check.library is not None:
+        print(f"loaded by {options.to}, they differ by {check.library:.2g}")
+    elif options.to != "vitrail":
+        print(f"{options.to} is not installed: that it can load this was not checked")
+
+
+def _download(options: argparse.Namespace) -> None:
+    from vitrail.pretrained import find_weights
+
+    for source in options.source:
+        found = find_weights(source)
+        print(f"{source}: {found.file}")
+
+
+def _summary(words: list[str]) -> None:
+    own = _Parser(
+        prog="vitrail summary",
+        usage="vitrail summary MODEL [--img-size H [W]] [--depth N] [--json] [--model.KEY VALUE]...",
+        description="Show a model as a tree: what each module gives out, its parameters and multiply-adds "
+        "(MACs), both products of attention included. Only shapes pass through the model: any size will do. "
+        "Every option of the architecture can be changed: --model.depth 6.",
+        allow_abbrev=False,
+    )
+    own.add_argument(
+        "model", metavar="MODEL", help="a name that `vitrail models` lists, a run or model folder"
+    )
+    own.add_argument(
+        "--img-size", "--img_size", metavar=("H", "W"), type=int, nargs="+", help="pixels of the image"
+    )
+    own.add_argument("--depth", metavar="N", type=int, default=2, help="levels of the tree (default 2)")
+    own.add_argument("--json", action="store_true", help="print the tree as JSON")
+    options, rest = own.parse_known_args(words)
     import torch
 
-    from vitrail.evaluation.cost import count_parameters
-    from vitrail.models import build_model, list_models
+    from vitrail.config import parse_value
+    from vitrail.evaluation.summary import summarize
+    from vitrail.models import SHORT_NAMES, VARIANTS, build_model
+    from vitrail.pretrained import read_folder_config
 
-    names = list_models(options.pattern)
-    if not names:
-        raise ValueError(f"no model matches {options.pattern!r}; `vitrail models` lists all")
-    print(f"{'model':<28}{'parameters':>14}{'image':>14}")
-    for name in names:
-        with torch.device("meta"):
-            model = build_model(name)
-        size = "x".join(str(number) for number in (model.config.in_chans, *model.config.image_shape))
-        print(f"{name:<28}{count_parameters(model):>14,}{size:>14}")
+    size = options.img_size
+    if size is not None and (len(size) > 2 or min(size) < 1):
+        raise ValueError(
+            f"--img-size: expected one number or height and width, got {' '.join(map(str, size))}"
+        )
+    if options.depth < 0:
+        raise ValueError(f"--depth: expected 0 or more, got {options.depth}")
+    changes: dict[str, Any] = {}
+    for key, text in parse_overrides(rest).items():
+        section, _, option = key.partition(".")
+        if section != "model" or not option:
+            raise ValueError(
+                f"unknown option --{key}: `vitrail summary` takes --model.KEY VALUE; see its --help"
+            )
+        changes[option] = parse_value(text)
+    name = options.model
+    if name not in VARIANTS and name not in SHORT_NAMES and ("/" in name or Path(name).exists()):
+        stored = read_folder_config(name)
+        name, changes = stored.name, stored.changes | changes
+    with torch.device("meta"):
+        model = build_model(name, **changes)
+    height, width = model.config.image_shape if size is None else (size[0], size[-1])
+    found = summarize(model, (model.config.in_chans, height, width))
+    if options.json:
+        print(json.dumps(found.to_dict(options.depth), indent=2))
+        return
+    print(found.text(options.depth, _width()))
+
+
+def _width() -> int:
+    """Characters that a line of the terminal has."""
+    return shutil.get_terminal_size().columns
 
 
 def _recipes(_options: argparse.Namespace) -> None:

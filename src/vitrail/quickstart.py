@@ -43,8 +43,8 @@ from vitrail.evaluation.inference import predict_logits
 from vitrail.evaluation.metrics import ClassificationMetrics, classification_metrics
 from vitrail.explain.draw import image_grid
 from vitrail.models import Encoder, Features, vit
-from vitrail.pretrained import create_model, read_folder_config, save_model
-from vitrail.pretrained.hub import fetch_pretrained
+from vitrail.pretrained import create_model, find_weights, save_model
+from vitrail.pretrained.hub import from_pretrained
 from vitrail.serving import Predictor
 from vitrail.tasks import Batch, Classify
 from vitrail.training import optim
@@ -52,7 +52,7 @@ from vitrail.training.checkpoint import TrainingState, restore_checkpoint
 from vitrail.training.features import cached_features, has_one_head
 from vitrail.training.loop import Plan, fit
 from vitrail.training.run_folder import check_free, claimed
-from vitrail.training.setup import _accelerator
+from vitrail.training.setup import build_accelerator
 
 __all__ = [
     "AttentionMaps",
@@ -170,7 +170,7 @@ class ViTTrainer:
             ValueError: A loader, a batch or a number that does not fit, or a loss that is not finite.
             KeyboardInterrupt: Ctrl-C; `model` is as far as it came.
         """
-        accelerator = _accelerator(TrainSection())
+        accelerator = build_accelerator(TrainSection())
         self.model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         steps = _length(train_loader, "train_loader")
         if val_loader is not None:
@@ -263,13 +263,14 @@ class ViTTransferLearning:
     Architectures with two heads (CrossViT, distilled DeiTs) do pass them in every epoch.
 
     Args:
-        pretrained_model: Run folder, model folder, hub repository (owner/name), or .safetensors file.
+        pretrained_model: Run folder, model folder, hub repository (owner/name), `timm:NAME.TAG`,
+            `torchvision:NAME`, or a file; see `vitrail.pretrained.sources`.
         num_classes: Classes of the new images. Where the weights have a head for as many it is kept, else
             the head is fresh. All other weights are, bit for bit, those of the file.
         freeze_backbone: Train the head only.
-        model: For a .safetensors file: its architecture, as `vitrail models` lists it.
-        preprocessing: For a .safetensors file, which does not tell what its images were normalised with; mean
-            and standard deviation 0.5 when not given, those of the ViT paper.
+        model: For a file alone: its architecture, as `vitrail models` lists it.
+        preprocessing: For a file alone, which does not tell what its images were normalised with; mean and
+            standard deviation 0.5 when not given, those of the ViT paper.
 
     Raises:
         ValueError: No such weights, or weights that do not fit; in one line.
@@ -287,22 +288,21 @@ class ViTTransferLearning:
         model: str | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> None:
-        if Path(pretrained_model).suffix == ".safetensors":
-            if model is None:
-                raise ValueError(f"{pretrained_model} does not tell its architecture: add model='{_VIT}'")
-            self.name = model
-            self.model = create_model(model, pretrained=pretrained_model, num_classes=num_classes)
-            self.preprocessing = preprocessing or _preprocessing(self.model, mean=0.5, std=0.5)
+        weights = find_weights(pretrained_model)
+        if weights.name is None and model is None:
+            raise ValueError(f"{pretrained_model} does not tell its architecture: add model='{_VIT}'")
+        if weights.name is not None and model is not None:
+            raise ValueError(f"{pretrained_model} holds a {weights.name}: leave model out")
+        if weights.preprocessing is not None and preprocessing is not None:
+            raise ValueError(f"{pretrained_model} has its own preprocessing: leave preprocessing out")
+        self.name = weights.name or cast(str, model)
+        self.model = create_model(
+            self.name, pretrained=weights, **({**weights.changes, "num_classes": num_classes})
+        )
+        if weights.preprocessing is not None:
+            self.preprocessing = Preprocessing.from_dict(weights.preprocessing)
         else:
-            if model is not None or preprocessing is not None:
-                raise ValueError("model and preprocessing are for .safetensors files; a folder has its own")
-            folder = fetch_pretrained(pretrained_model)
-            stored = read_folder_config(folder)
-            self.name = stored.name
-            self.model = create_model(
-                stored.name, pretrained=folder, **(stored.changes | {"num_classes": num_classes})
-            )
-            self.preprocessing = Preprocessing.from_dict(stored.preprocessing)
+            self.preprocessing = preprocessing or _preprocessing(self.model, mean=0.5, std=0.5)
         self.model.eval()
         self.keeps_features = freeze_backbone and has_one_head(self.model)
         self.classes = _numbered(num_classes)
@@ -341,7 +341,7 @@ class ViTTransferLearning:
                 f"num_classes is {K}, and {splits.train.name} has {len(splits.train.classes)} classes"
             )
         self.classes = splits.train.classes
-        accelerator = _accelerator(TrainSection())
+        accelerator = build_accelerator(TrainSection())
         device = accelerator.device
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         train, val, test = (
@@ -421,16 +421,17 @@ class ViTClassifier:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> Self:
-        """Load a run folder, a model folder, or a hub repository (owner/name).
+        """Load a run folder, a model folder, or a model of a hub or of another library.
 
         Args:
-            name_or_path: A path; else a repository.
-            revision: Branch, tag or commit of a repository.
+            name_or_path: See `vitrail.pretrained.sources`: a path, `owner/name`, `timm:NAME.TAG`, ...
+            revision: Branch, tag or commit of a hub repository.
 
         Raises:
             ValueError: Nothing there, or a damaged model; in one line.
         """
-        return cls(Predictor.from_folder(fetch_pretrained(name_or_path, revision=revision)))
+        stored = from_pretrained(name_or_path, revision=revision)
+        return cls(Predictor(stored.model, Preprocessing.from_dict(stored.preprocessing), stored.classes))
 
     # To the type checker a str is a sequence of str too; the first signature comes first.
     @overload

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitrail.evaluation.cost import count_macs, count_parameters
+from vitrail.evaluation.cost import count_macs, count_parameters, macs_by_module, without_numbers
 from vitrail.models import build_model
 
 
@@ -38,3 +38,48 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     assert count_macs(model, (1, 28, 28)) == 1_795_968
     assert model.training
     assert next(model.parameters()).device.type == "cpu"
+
+
+def test_linear_attention_costs_what_its_equations_say() -> None:
+    L, D, H, d, hidden = 17, 64, 4, 16, 128  # 4 x 4 patches and the class token; 4 heads of 16
+    model = build_model("vit_digits", attention="linear", position="learned", patch_embed="linear", depth=3)
+    sums_of_keys_and_values = L * d * d * H  # phi(k)^T v
+    mixed = L * d * d * H  # phi(q) times these
+    normaliser = L * d * H  # phi(q) times the sum of phi(k)
+    block = 4 * L * D * D + 2 * L * D * hidden + sums_of_keys_and_values + mixed + normaliser
+    assert count_macs(model, (1, 8, 8)) == 16 * (2 * 2) * D + 3 * block + D * 10
+
+
+def test_linear_attention_grows_with_the_tokens_not_their_square() -> None:
+    model = build_model(
+        "vit_digits",
+        attention="linear",
+        patch_embed="linear",
+        class_token=False,
+        pool="mean",
+        position="none",
+    )
+    head = 64 * 10
+    small = count_macs(model, (1, 8, 8)) - head
+    assert count_macs(model, (1, 32, 32)) - head == 16 * small
+    softmax = build_model("vit_digits", patch_embed="linear", class_token=False, pool="mean", position="none")
+    assert count_macs(softmax, (1, 32, 32)) - head > 16 * (count_macs(softmax, (1, 8, 8)) - head)
+
+
+def test_differential_attention_costs_both_maps() -> None:
+    L, D, depth = 17, 64, 4
+    model = build_model("vit_digits", attention="differential", patch_embed="linear")
+    # Two maps of half the width and one product with values: as much as one map of the whole width.
+    block = 4 * L * D * D + 2 * L * D * 128 + 2 * L * L * D
+    assert count_macs(model, (1, 8, 8)) == 16 * 4 * D + depth * block + D * 10
+
+
+def test_macs_of_the_modules() -> None:
+    L, D = 17, 64
+    macs = macs_by_module(without_numbers(build_model("vit_digits", patch_embed="linear")), (1, 8, 8))
+    assert macs[""] == macs["patch_embed"] + sum(macs[f"blocks.{n}"] for n in range(4)) + macs["head"]
+    assert macs["blocks.2"] == macs["blocks.2.attn"] + macs["blocks.2.mlp"]
+    assert macs["blocks.2.attn"] == 4 * L * D * D + 2 * L * L * D
+    assert macs["blocks.2.attn.qkv"] == 3 * L * D * D
+    assert macs["head"] == D * 10
+    assert "blocks.2.norm1" not in macs

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrail.explain import class_attention
+from vitrail.components.tap import record, taps
+from vitrail.explain import attention_layers, class_attention
 from vitrail.models import Encoder, build_model
 
 
@@ -78,3 +79,76 @@ def test_bad_layer_and_head() -> None:
     model.blocks = torch.nn.ModuleList()
     with pytest.raises(ValueError, match="no attention among all tokens"):
         class_attention(model, images())
+
+
+def expected_maps(weights: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
+    """By hand from weights [B, H, Q, K]: the class token's row, or the mean over the patches that ask."""
+    rows = weights[:, :, 0, prefix:] if prefix else weights.mean(dim=2)
+    return rows.reshape(*weights.shape[:2], *grid)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "layers", "prefix"),
+    [
+        (
+            "cct_2_3x2_32",
+            32,
+            ["classifier.blocks.0.self_attn.weights", "classifier.blocks.1.self_attn.weights"],
+            0,
+        ),
+        ("cait_cifar", 32, [f"blocks.{n}.attn.weights" for n in range(8)], 0),
+        ("cait_cifar", 32, [f"blocks_token_only.{n}.attn.weights" for n in range(2)], 1),
+        (
+            "crossvit_cifar",
+            32,
+            [f"blocks.{n}.blocks.1.{m}.attn.weights" for n in range(3) for m in range(2)],
+            1,
+        ),
+        ("crossvit_cifar", 32, [f"blocks.{n}.fusion.0.attn.weights" for n in range(3)], 1),
+        ("deit_cifar", 48, [f"blocks.{n}.attn.weights" for n in range(6)], 2),
+        ("diffvit_cifar", 32, [f"blocks.{n}.attn.weights" for n in range(2)], 0),
+        ("pvt_cifar", 32, [f"block3.{n}.attn.weights" for n in range(2)], 1),
+        ("pvt_v2_cifar", 48, [f"stages.2.blocks.{n}.attn.weights" for n in range(2)], 0),
+        ("swin_mnist_2blk", 28, [f"layers.0.blocks.{n}.attn.weights" for n in range(2)], 0),
+    ],
+)
+def test_every_architecture_shows_what_its_taps_hold(
+    name: str, size: int, layers: list[str], prefix: int
+) -> None:
+    torch.manual_seed(0)
+    model = build_model(name).eval()
+    found = attention_layers(model, (size, size))
+    assert [layer for layer in found if layer in layers] == layers
+    pixels = torch.randn(2, model.config.in_chans, size, size)
+    with torch.no_grad(), record(model, *layers) as seen:
+        grid = model.forward_features(pixels).grid
+    for layer in (layers[0], layers[-1]):
+        maps = class_attention(model, pixels, found.index(layer), heads="all")
+        assert maps.shape[2:] == grid
+        torch.testing.assert_close(maps, expected_maps(seen[layer], prefix, grid))
+
+
+def test_layers_that_see_another_grid_are_left_out() -> None:
+    fine = attention_layers(build_model("crossvit_cifar"))
+    assert len(fine) == 9  # 3 of 3 fine blocks and 3 class tokens that ask them are not there
+    assert not [name for name in fine if ".blocks.0." in name or "fusion.1" in name]
+    assert len(attention_layers(build_model("pvt_cifar"))) == 2  # of 6: the first four have reduced keys
+
+
+def test_windows_have_no_maps_and_say_so() -> None:
+    model = build_model("swin_cifar").eval()
+    assert attention_layers(model) == []
+    with pytest.raises(
+        ValueError, match=r"Swin has no attention among all tokens at 32x32 pixels: its 6 .*windows"
+    ):
+        class_attention(model, torch.randn(1, 3, 32, 32))
+    # In the second of two stages 4x4 tokens are left: one window holds them all.
+    assert attention_layers(model, (16, 16)) == [f"layers.1.blocks.{n}.attn.weights" for n in range(4)]
+
+
+def test_looking_for_layers_leaves_the_model_as_it_is() -> None:
+    model = tiny().train()
+    attention_layers(model)
+    assert model.training
+    assert next(model.parameters()).device.type == "cpu"
+    assert not any(tap.watched for tap in taps(model).values())

@@ -136,7 +136,7 @@ def test_a_path_comes_first(run_folder: Path, tmp_path: Path, hub_cache: Path) -
     for path in (run_folder, run_folder / "model", str(run_folder)):
         found = from_pretrained(path).model.state_dict()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
-    with pytest.raises(ValueError, match="is a folder here: a revision"):
+    with pytest.raises(ValueError, match="is not a hub repository: it has no revision"):
         from_pretrained(run_folder, revision="main")
 
 
@@ -164,15 +164,21 @@ def test_without_network_the_message_is_one_line(name: str, message: str, hub_ca
     assert "\n" not in str(error.value)
 
 
-def test_the_model_of_another_library_is_refused(hub_cache: Path) -> None:
+def test_what_is_no_model_that_we_have_is_refused(hub_cache: Path) -> None:
     folder = cached_repository(hub_cache, "timm/vit")
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"")
-    (folder / "config.json").write_text('{"architecture": "vit_base_patch16_224", "num_classes": 1000}')
-    with pytest.raises(ValueError, match="timm/vit on the hub is not a model of Vitrail"):
-        from_pretrained("timm/vit")
+    for config, message in (
+        ('{"architecture": "resnet50", "num_classes": 1000}', "timm's resnet50 is not one of our models"),
+        ('{"architecture": "vit_base_patch16_224"}', "model.safetensors is damaged"),
+        ('{"model_type": "bert"}', "transformers' bert is not one of our models"),
+        ('{"layers": 3}', "timm/vit on the hub is not a model that we know"),
+    ):
+        (folder / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=message):
+            from_pretrained("timm/vit")
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="not a model of Vitrail"):
+    with pytest.raises(ValueError, match="not a model that we know"):
         from_pretrained("timm/vit")
 
 

@@ -5,7 +5,7 @@
 | kind | added to | learned | on another grid | paper |
 |---|---|---|---|---|
 | learned | tokens | yes | bicubic resampling | Dosovitskiy et al. 2021 |
-| learned_2d | tokens | yes, rows + columns | linear resampling of each | the same, appendix D.4 |
+| learned_2d | tokens | yes, rows + columns | bicubic resampling of each | the same, appendix D.4 |
 | sincos_1d | tokens | no | formula over the patch number | Vaswani et al. 2017, section 3.5 |
 | sincos_2d | tokens | no | formula over row and column | Chen et al. 2021 (MoCo v3) |
 | relative | attention scores | yes | bicubic resampling | Liu et al. 2021 (Swin); prefix: Bao et al. 2021 |
@@ -16,6 +16,8 @@ works for odd widths.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,41 @@ def resample_table(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
     return maps.flatten(2).transpose(1, 2).to(table.dtype)  # [1, N', D]
 
 
+@dataclass(frozen=True)
+class TableLayout:
+    """What the rows of a learned table of positions are for: [.., rows, D], the grid in row-major order."""
+
+    grid: Grid
+    first: int = 0
+    """Rows before the grid's: those of prefix tokens."""
+    last: int = 0
+    """Rows after the grid's."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the table."""
+        return self.first + self.grid[0] * self.grid[1] + self.last
+
+
+def refit_table(table: Tensor, layout: TableLayout, new_layout: TableLayout) -> Tensor:
+    """Resample the part of a table that belongs to the grid; the rows before and after it stay as they are.
+
+    Args:
+        table: [rows, D] or [1, rows, D].
+        layout: What its rows are for.
+        new_layout: What those of the result are for.
+
+    Raises:
+        ValueError: The layouts differ in more than their grids.
+    """
+    if (layout.first, layout.last) != (new_layout.first, new_layout.last):
+        raise ValueError(f"positions for other tokens: {layout} does not become {new_layout}")
+    rows = table.reshape(-1, table.shape[-1])  # [rows, D]
+    first, cells, last = rows.split([layout.first, layout.rows - layout.first - layout.last, layout.last])
+    cells = resample_table(cells[None], layout.grid, new_layout.grid)[0]
+    return torch.cat([first, cells, last]).reshape(*table.shape[:-2], -1, table.shape[-1])
+
+
 class LearnedPosition2d(nn.Module):
     """One learned vector a row plus one a column; (rows + columns) * D parameters."""
 
@@ -55,9 +92,7 @@ class LearnedPosition2d(nn.Module):
     def forward(self, grid: Grid) -> Tensor:
         """The table [1, N, D] for a grid."""
         row, column = (
-            table
-            if table.shape[1] == size
-            else F.interpolate(table.transpose(1, 2), size=size, mode="linear").transpose(1, 2)
+            resample_table(table, (table.shape[1], 1), (size, 1))
             for table, size in ((self.row, grid[0]), (self.column, grid[1]))
         )
         return (row[:, :, None] + column[:, None]).flatten(1, 2)  # [1, rows * columns, D]

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds, time.
+"""What a model costs: parameters and multiply-adds, of the whole and of each module.
 
 "MACs" are the multiply-adds of linear layers, convolutions and both attention products. Counters that leave
 attention out, or that mix multiply-adds with floating-point operations (two each), are why published tables
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.components.tap import record
+from vitrail.components.linear_attention import attend_linear
+from vitrail.components.tap import record, taps
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -23,12 +24,51 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, image_shape: Sequence[int]) -> int:
-    """Multiply-adds of one image [C, H, W] through the model.
+    """Multiply-adds of one image [C, H, W] through the model; the model stays as it is.
 
-    The count runs on shapes only (the meta device), and with the attention weights watched: the explicit path
-    consists of products that every counter knows.
+    Counted is what the architecture's equations say for all tokens, not what a shortcut saves (a last block
+    that computes the class token alone, one query that needs no keys).
     """
-    shapes_only = copy.deepcopy(model).to("meta").eval()
-    with torch.no_grad(), record(shapes_only, "*weights"), FlopCounterMode(display=False) as counter:
-        shapes_only(torch.empty(1, *image_shape, device="meta"))
-    return counter.get_total_flops() // 2
+    return macs_by_module(without_numbers(model), image_shape).get("", 0)
+
+
+def without_numbers(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, in evaluation mode: its tensors have shapes only, and cost nothing."""
+    return copy.deepcopy(model).to("meta").eval()
+
+
+def macs_by_module(model: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
+    """Multiply-adds of one image [C, H, W] in each module.
+
+    Args:
+        model: As `without_numbers` gives it.
+        image_shape: Channels, height and width.
+
+    Returns:
+        Name of the module ("" is the model) -> MACs, including those of the modules in it. Modules without
+        any are left out, and so are those whose weights another module uses without calling them.
+    """
+    with torch.no_grad(), record(model, *_explicit(model)), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *image_shape, device="meta"))
+    root = type(model).__name__
+    return {
+        name.removeprefix(root).removeprefix("."): sum(operations.values()) // 2
+        for name, operations in counter.get_flop_counts().items()
+        if name != "Global"
+    }
+
+
+def _explicit(model: nn.Module) -> list[str]:
+    """The taps to watch so that the products of the equations are taken, which every counter knows.
+
+    Watching its weights makes an attention module form the matrix of all pairs. Linear attention exists to
+    avoid that matrix: there the queries are watched, which changes no product but, as any watched tap, sees
+    to it that the last block computes all tokens.
+    """
+    linear = {name for name, part in model.named_modules() if getattr(part, "core", None) is attend_linear}
+    found = []
+    for name in taps(model):
+        module, _, tap = name.rpartition(".")
+        if tap == ("query" if module in linear else "weights"):
+            found.append(name)
+    return found

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from vitrail.models import cait, cct, crossvit, deit, diffvit, pvt, pvt_v2, vit
+from vitrail.models import cait, cct, crossvit, deit, diffvit, pvt, pvt_v2, swin, swin_v2, vit
 from vitrail.models.encoder import Encoder, Features, Stage
 
 __all__ = [
@@ -35,6 +35,8 @@ VARIANTS: dict[str, Any] = {
     **diffvit.VARIANTS,
     **pvt.VARIANTS,
     **pvt_v2.VARIANTS,
+    **swin.VARIANTS,
+    **swin_v2.VARIANTS,
     **vit.VARIANTS,
 }
 
@@ -56,6 +58,13 @@ SHORT_NAMES = {
     "diffvit_tiny": "diffvit_tiny_patch16_224",
     "diffvit_small": "diffvit_small_patch16_224",
     "diffvit_base": "diffvit_base_patch16_224",
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+    "swin_small": "swin_small_patch4_window7_224",
+    "swin_base": "swin_base_patch4_window7_224",
+    "swin_large": "swin_large_patch4_window7_224",
+    "swinv2_tiny": "swinv2_tiny_window8_256",
+    "swinv2_small": "swinv2_small_window8_256",
+    "swinv2_base": "swinv2_base_window8_256",
 }
 
 

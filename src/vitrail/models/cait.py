@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vitrail.components.attention import attend, split_heads
 from vitrail.components.mlp import Mlp
 from vitrail.components.patch import ConvPatchEmbedding, patch_grid
-from vitrail.components.position import Grid, resample_table
+from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.residual import DropPath
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, Stage
@@ -298,6 +298,10 @@ class CaiT(Encoder):
     def forward_head(self, features: Features) -> Tensor:
         """Classify by the class token: features -> logits [B, K]."""
         return self.head(features.prefix[:, 0])
+
+    def position_layouts(self) -> dict[str, TableLayout]:
+        """`pos_embed`: patches only."""
+        return {"pos_embed": TableLayout(self.config.grid)}
 
     def position_table(self, grid: Grid) -> Tensor:
         """The positions that are added to the patches, [N, D]."""

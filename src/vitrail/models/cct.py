@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.components.attention import Attention
-from vitrail.components.position import Grid, resample_table
+from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, Stage
@@ -179,6 +179,7 @@ class CCT(Encoder):
         "classifier.attention_pool",
         "classifier.fc",
     )
+    head_names: ClassVar[tuple[str, ...]] = ("classifier.fc.",)
 
     def __init__(self, config: CCTConfig) -> None:
         super().__init__()
@@ -264,6 +265,12 @@ class CCT(Encoder):
         """Pool over the sequence with learned shares (paper, section 3.2) and classify -> logits [B, K]."""
         shares = self.classifier.attention_pool(features.patches).softmax(dim=1)  # [B, N, 1]
         return self.classifier.fc((shares.transpose(1, 2) @ features.patches)[:, 0])
+
+    def position_layouts(self) -> dict[str, TableLayout]:
+        """`classifier.positional_emb`, where it learns: patches only."""
+        if self.config.position != "learned":
+            return {}
+        return {"classifier.positional_emb": TableLayout(self.config.grid)}
 
     def position_table(self, grid: Grid) -> Tensor | None:
         """The positions that are added to the tokens, [N, D]; None for position 'none'."""

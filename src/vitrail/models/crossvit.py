@@ -32,7 +32,7 @@ from vitrail.components.attention import Attention
 from vitrail.components.cross_attention import CrossAttention
 from vitrail.components.mlp import Mlp
 from vitrail.components.patch import ConvPatchEmbedding, PatchEmbedding, patch_grid
-from vitrail.components.position import Grid, resample_table
+from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, Stage
@@ -333,6 +333,12 @@ class CrossViT(Encoder):
         if isinstance(self.head[0], nn.Identity):
             return torch.cat(outputs, dim=1)
         return torch.stack(outputs).mean(dim=0)
+
+    def position_layouts(self) -> dict[str, TableLayout]:
+        """`pos_embed_0` and `pos_embed_1`: class token, then patches."""
+        return {
+            f"pos_embed_{branch}": TableLayout(self.config.grid(branch), first=1) for branch in (SMALL, LARGE)
+        }
 
     def position_table(self, grid: Grid) -> Tensor:
         """The positions that are added to the patches of the large branch, [N, D]."""

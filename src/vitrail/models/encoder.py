@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitrail.components.position import TableLayout
 from vitrail.components.tap import Tap
 
 
@@ -73,6 +74,9 @@ class Encoder(nn.Module, ABC):
     """Activation checkpointing: blocks keep their inputs only and compute the rest again going backward."""
     after_blocks: ClassVar[tuple[str, ...]] = ("norm", "fc_norm", "attention_pool", "head")
     """Beginnings of the names of the parameters that come after the blocks."""
+
+    head_names: ClassVar[tuple[str, ...]] = ("head.", "head_dist.")
+    """Beginnings of the names of the classifier's parameters, which `reset_classifier` replaces."""
 
     @property
     @abstractmethod
@@ -153,6 +157,13 @@ class Encoder(nn.Module, ABC):
     def position_table(self, grid: tuple[int, int]) -> Tensor | None:
         """The positions that are added to the patches, [N, D]; None where the architecture adds none."""
         return None
+
+    def position_layouts(self) -> dict[str, TableLayout]:
+        """Learned tables whose size depends on that of the images: parameter -> what its rows are for.
+
+        Weights of a model for another image size are resampled by them when they are loaded.
+        """
+        return {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, K]."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vitrail.components.mlp import Mlp
 from vitrail.components.patch import PatchEmbedding, patch_grid
-from vitrail.components.position import Grid, resample_table
+from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.reduction import Footprint, SpatialReductionAttention
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
@@ -274,6 +274,13 @@ class PVT(Encoder):
     def forward_head(self, features: Features) -> Tensor:
         """Classify by the class token: features -> logits [B, K]."""
         return self.head(features.prefix[:, 0])
+
+    def position_layouts(self) -> dict[str, TableLayout]:
+        """`pos_embed1`, ...: patches; in the last stage the class token before them."""
+        return {
+            f"pos_embed{number}": TableLayout(grid, first=int(number == self.num_stages))
+            for number, grid in enumerate(self.config.grids, start=1)
+        }
 
     def position_table(self, grid: Grid) -> Tensor:
         """The positions that are added to the patches of the first stage, [N, D]."""

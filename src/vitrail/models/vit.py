@@ -34,6 +34,7 @@ from vitrail.components.position import (
     RotaryPosition2d,
     SinCosPosition1d,
     SinCosPosition2d,
+    TableLayout,
     resample_table,
 )
 from vitrail.components.residual import DropPath, LayerScale, drop_path_rates
@@ -405,6 +406,23 @@ class ViT(Encoder):
         table, _ = self._positions(grid)
         return None if table is None else table[0]
 
+    def position_layouts(self) -> dict[str, TableLayout]:
+        """`pos_embed`, or its rows and columns, or the table of relative positions of each block."""
+        config = self.config
+        rows, columns = config.grid
+        if config.position == "learned":
+            prefix = config.num_prefix if config.prefix_position else 0
+            return {"pos_embed": TableLayout(config.grid, first=prefix)}
+        if config.position == "learned_2d":
+            return {
+                "pos_embed.row": TableLayout((rows, 1)),
+                "pos_embed.column": TableLayout((columns, 1)),
+            }
+        if config.position == "relative":
+            layout = TableLayout((2 * rows - 1, 2 * columns - 1), last=3 if config.num_prefix else 0)
+            return {f"{name}.rel_pos.relative_position_bias_table": layout for name in self.block_names()}
+        return {}
+
     def _positions(self, grid: Grid) -> tuple[Tensor | None, Tensor | None]:
         """Positions of the patches [1, N, D] and of the prefix [1, P, D], each None where there are none."""
         if self.pos_embed is None:
@@ -437,58 +455,82 @@ def _sizes(dim: int, depth: int, num_heads: int, *patches: tuple[int, int]) -> d
     }
 
 
-VARIANTS: dict[str, ViTConfig] = {
-    f"vit_{size}_{suffix}": config
-    for size, configs in {
-        "tiny": _sizes(192, 12, 3, (16, 224), (16, 384)),
-        "small": _sizes(384, 12, 6, (8, 224), (16, 224), (16, 384), (32, 224), (32, 384)),
-        "base": _sizes(768, 12, 12, (8, 224), (16, 224), (16, 384), (32, 224), (32, 384)),
-        "large": _sizes(1024, 24, 16, (16, 224), (16, 384), (32, 224), (32, 384)),
-        "huge": _sizes(1280, 32, 16, (14, 224)),
-    }.items()
-    for suffix, config in configs.items()
-} | {
-    # Small models for small images: 8 (scikit-learn's digits), 28 (MNIST) and 32 pixels (CIFAR).
-    "vit_digits": ViTConfig(
-        img_size=8,
-        patch_size=2,
-        in_chans=1,
-        num_classes=10,
-        embed_dim=64,
-        depth=4,
-        num_heads=4,
-        mlp_ratio=2.0,
-        patch_embed="stem",
-    ),
-    "vit_mnist_2blk": ViTConfig(
-        img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64, depth=2, num_heads=4
-    ),
-    "vit_mnist_small": ViTConfig(
-        img_size=28,
-        patch_size=4,
-        in_chans=1,
-        num_classes=10,
-        embed_dim=64,
-        depth=3,
-        num_heads=4,
-        mlp_ratio=2.0,
-        patch_embed="stem",
-        class_token=False,
-        pool="seqpool",
-    ),
-    "vit_cifar_plain": ViTConfig(
-        img_size=32, patch_size=4, num_classes=10, embed_dim=192, depth=6, num_heads=4, mlp_ratio=2.0
-    ),
-    "vit_cifar": ViTConfig(
-        img_size=32,
-        patch_size=4,
-        num_classes=10,
-        embed_dim=128,
-        depth=2,
-        num_heads=4,
-        mlp_ratio=2.0,
-        patch_embed="stem",
-        class_token=False,
-        pool="seqpool",
-    ),
-}
+VARIANTS: dict[str, ViTConfig] = (
+    {
+        f"vit_{size}_{suffix}": config
+        for size, configs in {
+            "tiny": _sizes(192, 12, 3, (16, 224), (16, 384)),
+            "small": _sizes(384, 12, 6, (8, 224), (16, 224), (16, 384), (32, 224), (32, 384)),
+            "base": _sizes(768, 12, 12, (8, 224), (16, 224), (16, 384), (32, 224), (32, 384)),
+            "large": _sizes(1024, 24, 16, (16, 224), (16, 384), (32, 224), (32, 384)),
+            "huge": _sizes(1280, 32, 16, (14, 224)),
+        }.items()
+        for suffix, config in configs.items()
+    }
+    | {
+        # DINOv2 (Oquab et al. 2023), trained without labels at 518 pixels; reg4: with four registers.
+        f"vit_{size}_patch14_{registers}dinov2": ViTConfig(
+            img_size=518,
+            patch_size=14,
+            num_classes=0,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            registers=4 if registers else 0,
+            prefix_position=not registers,
+            layer_scale=1e-5,
+            init="trunc_normal",
+        )
+        for size, (embed_dim, depth, num_heads) in {
+            "small": (384, 12, 6),
+            "base": (768, 12, 12),
+            "large": (1024, 24, 16),
+        }.items()
+        for registers in ("", "reg4_")
+    }
+    | {
+        # Small models for small images: 8 (scikit-learn's digits), 28 (MNIST) and 32 pixels (CIFAR).
+        "vit_digits": ViTConfig(
+            img_size=8,
+            patch_size=2,
+            in_chans=1,
+            num_classes=10,
+            embed_dim=64,
+            depth=4,
+            num_heads=4,
+            mlp_ratio=2.0,
+            patch_embed="stem",
+        ),
+        "vit_mnist_2blk": ViTConfig(
+            img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64, depth=2, num_heads=4
+        ),
+        "vit_mnist_small": ViTConfig(
+            img_size=28,
+            patch_size=4,
+            in_chans=1,
+            num_classes=10,
+            embed_dim=64,
+            depth=3,
+            num_heads=4,
+            mlp_ratio=2.0,
+            patch_embed="stem",
+            class_token=False,
+            pool="seqpool",
+        ),
+        "vit_cifar_plain": ViTConfig(
+            img_size=32, patch_size=4, num_classes=10, embed_dim=192, depth=6, num_heads=4, mlp_ratio=2.0
+        ),
+        "vit_cifar": ViTConfig(
+            img_size=32,
+            patch_size=4,
+            num_classes=10,
+            embed_dim=128,
+            depth=2,
+            num_heads=4,
+            mlp_ratio=2.0,
+            patch_embed="stem",
+            class_token=False,
+            pool="seqpool",
+        ),
+    }
+)

@@ -1,4 +1,4 @@
-"""Weights in and out: model folders, and the one function that builds a model with weights."""
+"""Weights in and out: model folders, weights of anyone, and a function that builds a model with them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.models import Encoder, build_model
+from vitrail.pretrained.convert import export_model, import_model, load_pretrained
+from vitrail.pretrained.fit import LoadReport
 from vitrail.pretrained.folder import (
     FolderConfig,
     ModelFolder,
     find_model_folder,
     load_model,
-    load_weights,
     read_folder_config,
     save_model,
 )
+from vitrail.pretrained.sources import Weights, find_weights
+from vitrail.pretrained.weights import default_weights
 
 __all__ = [
     "FolderConfig",
+    "LoadReport",
     "ModelFolder",
+    "Weights",
     "create_model",
+    "export_model",
     "find_model_folder",
+    "find_weights",
+    "import_model",
     "load_model",
-    "load_weights",
+    "load_pretrained",
     "read_folder_config",
     "save_model",
 ]
@@ -31,19 +39,21 @@ __all__ = [
 def create_model(
     name: str,
     *,
-    pretrained: str | Path | None = None,
+    pretrained: str | Path | Weights | bool | None = None,
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     in_chans: int | None = None,
     **changes: Any,
 ) -> Encoder:
-    """Build a model by name, with fresh weights or with those of a file.
+    """Build a model by name, with fresh weights or with anyone's.
 
     Args:
         name: A variant that `list_models` has.
-        pretrained: A run folder, a model folder, or a .safetensors file with the variant's own parameter
-            names (timm's, where timm has the model). A head for another number of classes stays fresh;
-            all else is bit-identical.
+        pretrained: Where weights are (`vitrail.pretrained.sources`): a run or model folder, a file, an
+            address, `timm:NAME.TAG`, `torchvision:NAME`, a hub repository. True: the first that
+            `vitrail models NAME` lists. A head for another number of classes stays fresh, positions are
+            resampled and channels summed or repeated where the model differs in them; all else is
+            bit-identical. `load_pretrained` does the same and tells what was done.
         num_classes: Classes of the head; the variant's when not given.
         img_size: Image size the model is built for; the variant's when not given.
         in_chans: Channels; the variant's when not given.
@@ -54,10 +64,7 @@ def create_model(
     """
     given = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
     changes |= {key: value for key, value in given.items() if value is not None}
-    if pretrained is None:
-        return build_model(name, **changes)
-    path = Path(pretrained)
-    weights = path if path.suffix == ".safetensors" else find_model_folder(path) / "model.safetensors"
     model = build_model(name, **changes)
-    load_weights(model, weights, except_head=True)
+    if pretrained is not None and pretrained is not False:
+        load_pretrained(model, default_weights(name) if pretrained is True else pretrained)
     return model

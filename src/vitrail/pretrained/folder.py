@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from vitrail.files import write_whole
 from vitrail.models import Encoder, model_config
+from vitrail.pretrained.read import read_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,28 +124,17 @@ def read_folder_config(path: str | Path) -> FolderConfig:
         raise ValueError(f"{file} is damaged ({error}); write the model again") from None
 
 
-def load_weights(model: torch.nn.Module, path: Path, *, except_head: bool = False) -> None:
+def load_weights(model: torch.nn.Module, path: Path) -> None:
     """Load a .safetensors file strictly: every tensor used, every parameter filled, every shape equal.
 
     Args:
         model: Filled in place; untouched when anything does not fit.
         path: The file.
-        except_head: Leave `head.*` as it is where its shape differs (another number of classes).
 
     Raises:
         ValueError: No such file, a damaged one, or weights of another model; one line that names what.
     """
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"no weights {path}") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a .safetensors file ({error})") from None
-    own = model.state_dict()
-    if except_head:
-        for key in [key for key in own if key.startswith("head.")]:
-            if key not in state or state[key].shape != own[key].shape:
-                state[key] = own[key]
+    state, own = read_state(path), model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     unequal = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if missing or unexpected or unequal:

@@ -14,11 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData, create_repo, snapshot_download, upload_folder
+from huggingface_hub import EvalResult, ModelCardData, create_repo, upload_folder
 
 from vitrail.files import write_whole
 from vitrail.models import SHORT_NAMES, VARIANTS
-from vitrail.pretrained.folder import ModelFolder, find_model_folder, load_model, read_folder_config
+from vitrail.pretrained.convert import import_model
+from vitrail.pretrained.folder import ModelFolder, find_model_folder, load_model
+from vitrail.pretrained.sources import find_weights
 
 FILES = ("config.json", "model.safetensors")
 
@@ -79,44 +81,17 @@ def push_to_hub(source: str | Path, repo_id: str, *, private: bool = False, toke
 
 
 def from_pretrained(name_or_path: str | Path, *, revision: str | None = None) -> ModelFolder:
-    """Load a model from a folder or from the hub; see `fetch_pretrained` for arguments and errors."""
-    return load_model(fetch_pretrained(name_or_path, revision=revision))
-
-
-def fetch_pretrained(name_or_path: str | Path, *, revision: str | None = None) -> Path:
-    """Find a model folder: a path first, then a repository of the hub.
-
-    Only the configuration and the weights are downloaded. Where the hub cannot be reached, what it gave
-    before is taken from its local cache.
+    """Load a model of anyone, with its classes and preprocessing.
 
     Args:
-        name_or_path: A run folder, a model folder, or a hub repository as owner/name.
-        revision: Branch, tag or commit of the repository.
+        name_or_path: A run or model folder, a hub repository (owner/name), `timm:NAME.TAG`,
+            `torchvision:NAME`; see `vitrail.pretrained.sources`.
+        revision: Branch, tag or commit of a hub repository.
 
     Raises:
-        ValueError: Nothing there, an architecture's name without weights, or another library's model.
+        ValueError: Nothing there, an architecture's name without weights, or a model that we do not have.
     """
-    name = str(name_or_path)
-    if Path(name_or_path).exists():
-        if revision is not None:
-            raise ValueError(f"{name} is a folder here: a revision ({revision!r}) is for hub repositories")
-        return find_model_folder(name_or_path)
-    if name in VARIANTS or name in SHORT_NAMES:
-        raise ValueError(
-            f"{name} is an architecture, and its weights are not at hand: give the path of a run folder or "
-            "model folder, or a hub repository as owner/name"
-        )
-    if not _REPOSITORY.fullmatch(name):
-        return find_model_folder(name_or_path)  # which says what is missing
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
-    except Exception as error:  # the errors of the hub's HTTP client have no common kind
-        raise ValueError(f"no folder {name} here, and the hub did not give it ({_one_line(error)})") from None
-    try:
-        read_folder_config(folder)
-    except ValueError as error:  # other libraries keep a config.json and model.safetensors too
-        raise ValueError(f"{name} on the hub is not a model of Vitrail ({error})") from None
-    return folder
+    return import_model(find_weights(name_or_path, revision=revision))[0]
 
 
 def model_card(stored: ModelFolder, source: Path, repo_id: str) -> str:

@@ -107,6 +107,8 @@ def _train(run: Run, folder: Path, command: str) -> Result:
         stored = config.model_copy(update={"train": section.model_copy(update=again)})
         write_whole(folder / "config.yaml", stored.to_yaml())
         write_whole(folder / "augmented.npy", _augmented_examples(run))
+        if run.loaded is not None:
+            print(run.loaded.text())
 
     watch = Watch(
         total=run.plan.total, clip_norm=config.optim.clip_norm, num_classes=len(splits.train.classes)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ from vitrail.datasets import (
 from vitrail.datasets.loading import BatchReader
 from vitrail.datasets.sources import find_source
 from vitrail.evaluation.cost import count_macs, count_parameters
-from vitrail.models import Encoder, model_config
-from vitrail.pretrained import FolderConfig, create_model, read_folder_config
+from vitrail.models import Encoder, build_model, model_config
+from vitrail.pretrained import LoadReport, Weights, find_weights, load_pretrained
 from vitrail.processes import rank, world
 from vitrail.tasks import Batch, Task, build_task
 from vitrail.training.augment import Augment
@@ -49,13 +48,15 @@ class Run:
     preprocessing: Preprocessing
     plan: Plan
     accelerator: Accelerator
+    loaded: LoadReport | None
+    """What was done with the weights that it starts from; None: it starts from fresh ones."""
 
 
 def prepare(config: RunConfig, splits: Splits | None = None) -> Run:
     """Build data, model and task of a config.
 
-    A model that starts from a model folder takes over that folder's architecture and preprocessing; what else
-    the `model` section says changes it.
+    A model that starts from somebody's weights takes over their architecture and preprocessing, where they
+    tell; what else the `model` section says changes it.
 
     Args:
         config: The resolved config.
@@ -65,24 +66,25 @@ def prepare(config: RunConfig, splits: Splits | None = None) -> Run:
         ValueError: Anything in the config that does not exist or does not fit, in one line.
     """
     train = config.train
-    accelerator = _accelerator(train)
+    accelerator = build_accelerator(train)
     if train.batch_size % world():
         raise ValueError(
             f"train.batch_size {train.batch_size} cannot be shared by {world()} processes; take a multiple"
         )
-    name, options, stored = architecture(config)
+    name, options, weights = architecture(config)
+    prepared = None if weights is None else weights.preprocessing
     default = model_config(name, **options)
     if splits is None:
-        splits = _load(config, default.image_shape, stored)
+        splits = _load(config, default.image_shape, prepared)
     if not len(splits.train):
         raise ValueError(f"{splits.train.name} has no training images")
     torch.manual_seed(train.seed)
-    if stored is None:
+    if prepared is None:
         options.setdefault("img_size", splits.train.img_size)
     options.setdefault("in_chans", splits.train.in_chans)
     options.setdefault("num_classes", len(splits.train.classes))
-    pretrained = config.model.pretrained
-    model = create_model(name, pretrained=pretrained, **options)
+    model = build_model(name, **options)
+    loaded = None if weights is None else load_pretrained(model, weights)
     for option, needed in (("num_classes", len(splits.train.classes)), ("in_chans", splits.train.in_chans)):
         if (own := getattr(model.config, option)) != needed:
             raise ValueError(
@@ -90,8 +92,8 @@ def prepare(config: RunConfig, splits: Splits | None = None) -> Run:
             )
     model.recompute = train.recompute
     freeze(model, config.optim.freeze)
-    if stored is not None:
-        preprocessing = Preprocessing.from_dict(stored.preprocessing)
+    if prepared is not None:
+        preprocessing = Preprocessing.from_dict(prepared)
         if "img_size" in config.model.options:
             preprocessing = replace(preprocessing, img_size=model.config.image_shape)
     else:
@@ -112,30 +114,36 @@ def prepare(config: RunConfig, splits: Splits | None = None) -> Run:
         preprocessing=preprocessing,
         plan=_plan(train, len(splits.train)),
         accelerator=accelerator,
+        loaded=loaded,
     )
 
 
-def architecture(config: RunConfig) -> tuple[str, dict[str, Any], FolderConfig | None]:
-    """Name and options of a config's model, and the model folder that it starts from, if it does."""
+def architecture(config: RunConfig) -> tuple[str, dict[str, Any], Weights | None]:
+    """Name and options of a config's model, and the weights that it starts from, if it does."""
     section = config.model
-    pretrained = None if section.pretrained is None else Path(section.pretrained)
-    if pretrained is None or pretrained.suffix == ".safetensors":
+    if section.pretrained is None:
         return section.name or DEFAULT_MODEL, section.options, None
-    stored = read_folder_config(pretrained)
-    if section.name not in (None, stored.name):
-        raise ValueError(f"{pretrained} holds a {stored.name}, not a {section.name}; leave model.name out")
-    kept = {key: value for key, value in stored.changes.items() if key != "num_classes"}
-    return stored.name, kept | section.options, stored
+    found = find_weights(section.pretrained)
+    if found.name is None:
+        if section.name is None:
+            raise ValueError(f"{section.pretrained} does not tell its architecture: add --model.name NAME")
+        return section.name, section.options, found
+    if section.name not in (None, found.name):
+        raise ValueError(
+            f"{section.pretrained} holds a {found.name}, not a {section.name}; leave model.name out"
+        )
+    kept = {key: value for key, value in found.changes.items() if key != "num_classes"}
+    return found.name, kept | section.options, found
 
 
-def _load(config: RunConfig, model_size: tuple[int, int], stored: FolderConfig | None) -> Splits:
+def _load(config: RunConfig, model_size: tuple[int, int], prepared: Mapping[str, Any] | None) -> Splits:
     """The data; photographs of any size come at the model's size, the small sets at their own."""
     data = config.data
     wanted = config.model.options.get("img_size")
     in_chans = config.model.options.get("in_chans")
-    if stored is not None:
-        model_size = tuple(stored.preprocessing["img_size"])
-        in_chans = stored.preprocessing["in_chans"]
+    if prepared is not None:
+        model_size = tuple(prepared["img_size"])
+        in_chans = prepared["in_chans"]
     return load_dataset(
         data.name,
         root=data.root,
@@ -143,7 +151,7 @@ def _load(config: RunConfig, model_size: tuple[int, int], stored: FolderConfig |
         split_seed=data.split_seed,
         train_fraction=data.train_fraction,
         img_size=wanted or model_size,
-        in_chans=in_chans if stored is not None or find_source(data.name) is None else None,
+        in_chans=in_chans if prepared is not None or find_source(data.name) is None else None,
         storage=data.storage,
         broken=data.broken,
         label_column=data.label_column,
@@ -276,7 +284,7 @@ def estimate(config: RunConfig, timed_steps: int = 5) -> Estimate:
     )
 
 
-def _accelerator(section: TrainSection) -> Accelerator:
+def build_accelerator(section: TrainSection) -> Accelerator:
     """accelerate, on the device and in the precision that were asked for."""
     if section.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
