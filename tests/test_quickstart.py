@@ -445,7 +445,7 @@ def test_a_weight_file_needs_its_architecture(tmp_path: Path) -> None:
         ViTTransferLearning(file, 3)
     with pytest.raises(ValueError, match="does not fit this model"):
         ViTTransferLearning(file, 3, model="vit_mnist_2blk")
-    with pytest.raises(ValueError, match="a folder has its own"):
+    with pytest.raises(ValueError, match="holds a vit_digits: leave model out"):
         ViTTransferLearning(tmp_path / "model", 3, model="vit_digits")
 
 

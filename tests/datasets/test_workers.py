@@ -171,8 +171,8 @@ if __name__ == "__main__":
     found = reader.epoch(0)
     next(found)
     import multiprocessing
-    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     try:
+        print(*(process.pid for process in multiprocessing.active_children()), flush=True)
         while True:
             time.sleep(0.05)
     except KeyboardInterrupt:
