@@ -138,7 +138,9 @@ def test_every_requirement_is_pinned() -> None:
             assert re.split("[>=<]", line)[0].lower() in pins, line
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("vit_base", 86_567_656), ("vit_large", 304_326_632)])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("swin_tiny", 28_288_354), ("vit_base", 86_567_656), ("vit_large", 304_326_632)]
+)
 def test_configs_build(name: str, parameters: int) -> None:
     config = load_config(ROOT / "configs" / f"{name}.yaml")
     assert config == load_config(name)

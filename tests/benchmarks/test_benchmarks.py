@@ -13,12 +13,13 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def run(folder, name):
+def run(folder, name, *options):
     """Run a copy, so that nothing is written into the checkout."""
     copy = folder / "benchmarks"
-    shutil.copytree(BENCHMARKS, copy, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    ignored = shutil.ignore_patterns("results", "__pycache__")
+    shutil.copytree(BENCHMARKS, copy, ignore=ignored, dirs_exist_ok=True)
     done = subprocess.run(
-        [sys.executable, copy / f"{name}.py", "--quick"],
+        [sys.executable, copy / f"{name}.py", "--quick", *options],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -48,14 +49,35 @@ def test_mnist_epoch_without_data_says_what_is_missing(monkeypatch):
         importlib.import_module("mnist_epoch").measure(quick=True)
 
 
-def test_training_step(tmp_path):
-    done, path = run(tmp_path, "training_step")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(path.read_text())
-    assert set(result["contestants"]) == {"vitrail", "timm", "transformers"}
-    for found in result["contestants"].values():
-        assert len(found["raw_s"]) == result["settings"]["rounds"] == 2
-        assert found["quartiles_s"][0] <= found["median_s"] <= found["quartiles_s"][1]
-        assert 0 < found["share_of_ceiling"] < 2
-    assert result["faster_peer"] in {"timm", "transformers"}
-    assert result["machine"]["versions"]["timm"]
+def test_architectures(tmp_path):
+    for _ in range(2):  # the second one finds everything measured
+        done, path = run(tmp_path, "architectures", "--models", "swin_tiny*")
+        assert done.returncode == 0, done.stderr
+        assert "swin_tiny_patch4_window7_224" in done.stdout
+        (model,) = json.loads(path.read_text())["models"].values()
+        assert model["machine"]["versions"]["timm"]
+        assert max(model["logit_differences"].values()) < 1e-4
+        for phase in ("forward", "training"):
+            found = model[phase]
+            assert set(found["contestants"]) == {"vitrail", "timm", "transformers", "torchvision"}
+            for taken in found["contestants"].values():
+                assert len(taken["raw_s"]) == model["settings"]["repetitions"] == 1
+                assert 0 < taken["share_of_ceiling"] < 2
+            assert set(found["peer_over_vitrail"]) == {"timm", "transformers", "torchvision"}
+    done, _ = run(tmp_path, "architectures", "--models", "resnet*")
+    assert done.returncode == 2
+    assert "no architecture matches 'resnet*'" in done.stderr
+
+
+def test_architectures_knows_its_targets(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    misses = importlib.import_module("architectures").misses
+    ratios = {"timm": 1.3, "transformers": 0.9}
+    found = {phase: {"peer_over_vitrail": ratios} for phase in ("forward", "training")}
+    assert misses("swin_tiny_patch4_window7_224", found) == [
+        f"{phase} transformers 0.900 < 0.95" for phase in ("forward", "training")
+    ]
+    found["training"] = {"peer_over_vitrail": {"timm": 1.1}}
+    found["forward"] = {"peer_over_vitrail": {"timm": 1.3}}
+    assert misses("swin_tiny_patch4_window7_224", found) == ["training timm 1.100 < 1.2"]
+    assert misses("cait_xxs24_224", found) == ["training timm 1.100 < 1.2"]

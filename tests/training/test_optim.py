@@ -10,6 +10,7 @@ import torch
 
 from vitrail.config import OptimSection
 from vitrail.models import build_model
+from vitrail.training.muon import orthogonalise
 from vitrail.training.optim import build_optimizer, freeze, gradient_norms, learning_rate, parameter_groups
 
 
@@ -107,3 +108,67 @@ def test_gradient_norms_are_those_of_the_layers() -> None:
     torch.testing.assert_close(norms["blocks.1"], expected)
     total = sum(norm.square() for norm in norms.values()).sqrt()
     torch.testing.assert_close(total, torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    for name, excluded in {
+        "cct_4_3x2_32": {"classifier.fc.weight", "classifier.attention_pool.weight"},
+        "pvt_v2_cifar": {"head.weight"},
+        "swin_mnist_2blk": {"head.fc.weight"},
+    }.items():
+        model = build_model(name)
+        groups = parameter_groups(model, model, weight_decay=0.1, layer_decay=0.5, muon=True)
+        by_muon = {id(p): group.get("muon", False) for group in groups for p in group["params"]}
+        taken = {own for own, p in model.named_parameters() if by_muon[id(p)]}
+        assert taken == {
+            own
+            for own, p in model.named_parameters()
+            if p.ndim in (2, 4) and own not in excluded and "dwconv" not in own and "table" not in own
+        }
+        plain = parameter_groups(model, model, weight_decay=0.1, layer_decay=0.5)
+        of_plain = {id(p): (g["weight_decay"], g["lr_scale"]) for g in plain for p in g["params"]}
+        assert of_plain == {id(p): (g["weight_decay"], g["lr_scale"]) for g in groups for p in g["params"]}
+
+
+def test_muon_equals_torchs_on_matrices_and_adamw_elsewhere() -> None:
+    section = OptimSection(name="muon", lr=1e-2, weight_decay=0.1)
+    ours, theirs = build_model("vit_mnist_2blk"), build_model("vit_mnist_2blk")
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(ours, ours, section)
+    groups = parameter_groups(theirs, theirs, weight_decay=0.1, muon=True)
+    matrices = [p for group in groups if group.get("muon") for p in group["params"] if p.ndim == 2]
+    others = [group for group in groups if not group.get("muon")]
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=1e-2, fused=True)
+    begin = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    for step in range(3):
+        for (name, mine), peer in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            generator = torch.Generator().manual_seed(100 * mine.numel() + step)
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            peer.grad = mine.grad.clone()
+        for each in (optimizer, muon, adamw):
+            each.step()
+    of_matrices = {id(p) for p in matrices}
+    compared = 0
+    for (name, mine), peer in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if id(peer) in of_matrices:  # torch multiplies in bfloat16
+            moved, expected = mine - begin[name], peer - begin[name]
+            assert torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.999
+            torch.testing.assert_close(moved.norm(), expected.norm(), rtol=0.02, atol=0.0)
+            compared += 1
+        elif name != "patch_embed.proj.weight":  # a convolution, which torch's does not take
+            assert torch.equal(mine, peer), name
+    assert compared == 8
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (32, 32)])
+def test_orthogonalised_matrices_keep_their_directions(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = torch.linalg.diagonal(left.T @ orthogonalise(matrix) @ right.T)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    off = left.T @ orthogonalise(matrix) @ right.T - torch.diag(values)
+    assert off.abs().max() < 1e-4
+    torch.testing.assert_close(orthogonalise(1e3 * matrix), orthogonalise(matrix), atol=1e-4, rtol=0.0)
+    assert torch.equal(orthogonalise(torch.zeros(shape)), torch.zeros(shape))

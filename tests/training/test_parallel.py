@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,17 +39,22 @@ def _losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return CONFIG | {"optim.name": request.param}
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone") / "run"
-    train(load_config("digits-vit", CONFIG), folder, command="")
+    train(load_config("digits-vit", config), folder, command="")
     return folder
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_are_as_one(parallel: str, alone: Path, tmp_path: Path) -> None:
+def test_two_processes_are_as_one(parallel: str, config: dict[str, Any], alone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    flags = [word for key, value in CONFIG.items() for word in (f"--{key}", value)]
+    flags = [word for key, value in config.items() for word in (f"--{key}", value)]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
         "vitrail", "train", "digits-vit", *flags, "--train.parallel", parallel, "--output", str(folder),
@@ -65,7 +71,7 @@ def test_two_processes_are_as_one(parallel: str, alone: Path, tmp_path: Path) ->
 
     # One process goes on from the two's checkpoint after step 10.
     (folder / "checkpoints" / "previous.pt").replace(folder / "checkpoints" / "last.pt")
-    train(load_config("digits-vit", CONFIG | {"train.resume": True}), folder, command="")
+    train(load_config("digits-vit", config | {"train.resume": True}), folder, command="")
     assert json.loads((folder / "manifest.json").read_text())["resumed_at_step"] == 10
     assert _losses(folder) == pytest.approx(_losses(alone), abs=1e-5)
     weights = load_file(folder / "model" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning rate at every step.
+"""The optimiser's parameter groups and the learning rate at every step.
 
 AdamW: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
 Reciprocal square root: Vaswani et al. 2017, section 5.3. Warm-up, stable, decay (wsd): Hu et al. 2024.
@@ -16,6 +16,7 @@ from torch import nn
 
 from vitrail.config import OptimSection, steps
 from vitrail.models import Encoder
+from vitrail.training.muon import Muon
 
 Schedule = Callable[[int], float]
 
@@ -83,46 +84,69 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def parameter_groups(
-    task: nn.Module, model: Encoder, *, weight_decay: float, layer_decay: float = 1.0
+    task: nn.Module, model: Encoder, *, weight_decay: float, layer_decay: float = 1.0, muon: bool = False
 ) -> list[dict[str, Any]]:
     """Parameters with equal weight decay and equal share of the learning rate, one group each.
 
     Matrices and kernels decay; biases, norms, scales, tokens and positions do not. With `layer_decay` d < 1,
     a parameter at depth i of a model with n blocks has the share d^(n + 1 - i) (Clark et al. 2020, ELECTRA);
-    what the task has besides the model has the share 1.
+    what the task has besides the model has the share 1. Muon takes the weights of linear layers and of
+    convolutions over all channels, but not of heads, nor of layers with a single output or input.
 
     Args:
         task: Whose parameters; frozen ones are left out.
         model: The part of the task that knows depths and exemptions from decay.
         weight_decay: Of matrices and kernels.
         layer_decay: Above 0 to 1.
+        muon: Set those groups apart that Muon takes, which have `muon` set.
 
     Returns:
         Groups with `params`, `weight_decay` and `lr_scale`, those with decay first, deepest last.
     """
     exempt = model.no_weight_decay()
+    matrices = _matrices(task, model) if muon else set()
     deepest = len(model.block_names()) + 1
     inside = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for parameter in task.parameters():
         if parameter.requires_grad:
             name = inside.get(id(parameter))
             depth = deepest if name is None or layer_decay == 1.0 else model.layer_of(name)
             plain = parameter.ndim < 2 or name in exempt
-            groups.setdefault((plain, depth), []).append(parameter)
+            groups.setdefault((plain, depth, id(parameter) in matrices), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": 0.0 if plain else weight_decay,
             "lr_scale": layer_decay ** (deepest - depth),
+            **({"muon": True} if matrix else {}),
         }
-        for (plain, depth), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (plain, depth, matrix), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
-def build_optimizer(task: nn.Module, model: Encoder, section: OptimSection) -> torch.optim.AdamW:
-    """AdamW in its fused form: one kernel for all parameters of a group."""
-    groups = parameter_groups(task, model, weight_decay=section.weight_decay, layer_decay=section.layer_decay)
+def _matrices(task: nn.Module, model: Encoder) -> set[int]:
+    """What Muon takes, by identity: a depth-wise kernel is many small filters, not a matrix."""
+    heads = {id(own) for name, own in model.named_parameters() if name.startswith(model.head_names)}
+    weights = (
+        module.weight
+        for module in task.modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    )
+    return {id(own) for own in weights if min(own.flatten(1).shape) > 1} - heads
+
+
+def build_optimizer(task: nn.Module, model: Encoder, section: OptimSection) -> torch.optim.Optimizer:
+    """The optimiser that a config asks for; AdamW in its fused form, one kernel for all parameters of a group."""
+    groups = parameter_groups(
+        task,
+        model,
+        weight_decay=section.weight_decay,
+        layer_decay=section.layer_decay,
+        muon=section.name == "muon",
+    )
+    if section.name == "muon":
+        return Muon(groups, lr=section.lr, betas=section.betas, eps=section.eps)
     return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
 
 

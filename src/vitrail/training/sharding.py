@@ -26,8 +26,17 @@ def shard_model(model: Encoder) -> None:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A scalar that FSDP2 holds in parts, put together; any other tensor as it is."""
+    """A tensor that FSDP2 holds in parts, put together; any other tensor as it is."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def sharded_like(reference: Tensor, value: Tensor) -> Tensor:
+    """Of a whole tensor that every process has computed, the part that it holds of the reference."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(reference, DTensor):
+        return value
+    return distribute_tensor(value, reference.device_mesh, reference.placements, src_data_rank=None)
 
 
 def unsharded_state(module: nn.Module) -> dict[str, Tensor]:
