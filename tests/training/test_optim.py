@@ -142,7 +142,7 @@ def test_muon_equals_torchs_on_matrices_and_adamw_elsewhere() -> None:
     adamw = torch.optim.AdamW(others, lr=1e-2, fused=True)
     begin = {name: p.detach().clone() for name, p in ours.named_parameters()}
     for step in range(3):
-        for (name, mine), peer in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        for mine, peer in zip(ours.parameters(), theirs.parameters(), strict=True):
             generator = torch.Generator().manual_seed(100 * mine.numel() + step)
             mine.grad = torch.randn(mine.shape, generator=generator)
             peer.grad = mine.grad.clone()

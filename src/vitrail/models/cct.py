@@ -112,7 +112,7 @@ class Tokenizer(nn.Module):
             nn.init.kaiming_normal_(convolution.weight)
             layer = nn.Sequential(convolution)
             if convolutional:
-                # The authors' order is ReLU, pooling: the same numbers and gradients, from four times the values.
+                # The authors have the ReLU first: the same numbers and gradients, from four times the values.
                 layer.extend([nn.MaxPool2d(kernel_size=3, stride=2, padding=1), nn.ReLU(inplace=True)])
             self.conv_layers.append(layer)
 

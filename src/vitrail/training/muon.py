@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix U S V^T [rows, columns]: all singular values are brought to between 0.7 and 1.2."""
+    """About U V^T of a matrix U S V^T [rows, columns]: its singular values end between 0.7 and 1.2."""
     a, b, c = _COEFFICIENTS
     x = matrix / (matrix.norm() + 1e-7)
     x = x.bfloat16() if x.is_cuda else x

@@ -137,7 +137,7 @@ def _matrices(task: nn.Module, model: Encoder) -> set[int]:
 
 
 def build_optimizer(task: nn.Module, model: Encoder, section: OptimSection) -> torch.optim.Optimizer:
-    """The optimiser that a config asks for; AdamW in its fused form, one kernel for all parameters of a group."""
+    """The optimiser that a config asks for; AdamW in its fused form, one kernel for all of a group."""
     groups = parameter_groups(
         task,
         model,
