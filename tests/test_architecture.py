@@ -35,7 +35,7 @@ MAY_IMPORT = {
         "processes",
     },
     "evaluation": {"models.encoder", "datasets", "components", "files", "processes", "torchvision_ops"},
-    "explain": {"components.tap", "models.encoder"},
+    "explain": {"components.flow", "components.tap", "models.encoder"},
     "reporting": {"explain", "evaluation", "datasets", "models.encoder", "config", "files"},
     "studies": {"config", "explain", "files", "models", "training"},
     "serving": {"models", "pretrained", "datasets", "explain"},

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast, overload
+from typing import Any, Self, cast, overload
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrail.components.tap import record, taps
 from vitrail.config import OptimSection, TrainSection
 from vitrail.datasets import (
     FileSet,
@@ -41,8 +40,9 @@ from vitrail.datasets import (
 )
 from vitrail.evaluation.inference import predict_logits
 from vitrail.evaluation.metrics import ClassificationMetrics, classification_metrics
+from vitrail.explain.attention import Heads, attention_layers, attention_maps
 from vitrail.explain.draw import image_grid
-from vitrail.models import Encoder, Features, vit
+from vitrail.models import Encoder, vit
 from vitrail.pretrained import create_model, find_weights, save_model
 from vitrail.pretrained.hub import from_pretrained
 from vitrail.serving import Predictor
@@ -73,7 +73,6 @@ Picture = str | Path | Image.Image
 
 _VIT = "vit_base_patch16_224"
 _EVAL_BATCH_SIZE = 256
-_CLASS_TOKEN, _PATCHES = "class token", "mean of the patches"
 _KEYS = ("images", "image", "pixel_values"), ("labels", "label", "targets")
 
 
@@ -475,7 +474,8 @@ class AttentionMaps:
     image: Tensor
     """What the model saw, without normalisation: uint8 [C, height, width]."""
     asking: dict[int, str]
-    """Layer to whose attention it is: "class token", or "mean of the patches" where none takes part."""
+    """Layer to whose attention it is: "class token", "patch", or "mean of the patches" where no class token
+    takes part."""
 
 
 class AttentionVisualizer:
@@ -499,17 +499,17 @@ class AttentionVisualizer:
             preprocessing = preprocessing or model.preprocessing
         self.model: Encoder = model.model if isinstance(model, ViTClassifier) else model
         self.preprocessing = preprocessing or _preprocessing(self.model, mean=0.5, std=0.5)
-        self.layers = [name for name in taps(self.model) if name.endswith("attn.weights")]
-        """Taps of the attention layers, in order."""
+        self.layers = attention_layers(self.model)
+        """The attention modules, in order."""
         if not self.layers:
-            raise ValueError(f"{type(self.model).__name__} has no attention weights (no tap *.attn.weights)")
+            raise ValueError(f"{type(self.model).__name__} has no attention to show")
 
-    @torch.no_grad()
     def generate_attention_maps(
         self,
         image: Picture | Tensor,
         layers: Sequence[int] | None = None,
-        heads: Literal["mean", "max", "min", "all"] | int = "mean",
+        heads: Heads = "mean",
+        point: tuple[int, int] | None = None,
     ) -> AttentionMaps:
         """Record the attention of some layers while the model looks at an image.
 
@@ -518,10 +518,10 @@ class AttentionVisualizer:
                 [C, height, width] or [1, C, height, width] of any size: uint8, or normalised floating point.
             layers: Counted from 1, so that 12 is the last of 12; all when not given.
             heads: "mean", "max" or "min" over the heads, "all" of them, or the index of one, from 0.
+            point: Row and column of a pixel of what the model sees; the attention of the patch there.
 
         Raises:
-            ValueError: No such layer or head, an image that cannot be read, or a layer whose attention is no
-                map over the image; in one line.
+            ValueError: No such layer, head or pixel, or an image that cannot be read; in one line.
         """
         depth = len(self.layers)
         wanted = list(range(1, depth + 1)) if layers is None else list(layers)
@@ -529,12 +529,12 @@ class AttentionVisualizer:
             if not 1 <= layer <= depth:
                 raise ValueError(f"no layer {layer}: {type(self.model).__name__} has layers 1 to {depth}")
         pixels = self._open(image).to(next(self.model.parameters()).device)
-        with _evaluating(self.model), record(self.model, *(self.layers[own - 1] for own in wanted)) as seen:
-            features = self.model.forward_features(pixels)
-        maps, asking = {}, {}
-        for layer in wanted:
-            every, asking[layer] = self._on_grid(seen[self.layers[layer - 1]], features, layer)
-            maps[layer] = _over_heads(every, heads)
+        with _evaluating(self.model):
+            found = attention_maps(
+                self.model, pixels, layers=[layer - 1 for layer in wanted], heads=heads, point=point
+            )
+        maps = {layer: own.values[0].cpu() for layer, own in zip(wanted, found, strict=True)}
+        asking = {layer: own.asks for layer, own in zip(wanted, found, strict=True)}
         mean, std = (
             torch.tensor(own).view(-1, 1, 1) for own in (self.preprocessing.mean, self.preprocessing.std)
         )
@@ -571,51 +571,6 @@ class AttentionVisualizer:
         if pixels.ndim != 4 or pixels.shape[:2] != (1, C):
             raise ValueError(f"expected one image [{C}, height, width], got {list(image.shape)}")
         return pixels.float() if pixels.is_floating_point() else self.preprocessing.normalise(pixels)
-
-    def _on_grid(self, weights: Tensor, features: Features, layer: int) -> tuple[Tensor, str]:
-        """Attention weights of a layer -> maps over the patches [H, rows, columns], and who asked."""
-        grids = [features.grid, *(own.shape[2:] for own in features.stages)]
-        tap = self.layers[layer - 1]
-        block: Any = self.model.get_submodule(tap.removesuffix(".attn.weights"))
-        for grid in grids:
-            if hasattr(block, "layout"):
-                found = _in_windows(weights, grid, block.layout(grid))
-            else:
-                asks = getattr(self.model.config, "class_token", True)
-                found = _among_all(weights, grid, features.prefix.shape[1], class_token=asks)
-            if found is not None:
-                return found
-        raise ValueError(
-            f"layer {layer} ({tap}) gives no map over the image: its weights are {list(weights.shape)}, "
-            f"and the model's grids {', '.join('x'.join(map(str, grid)) for grid in grids)}"
-        )
-
-
-def _among_all(
-    weights: Tensor, grid: Sequence[int], most_prefix: int, *, class_token: bool
-) -> tuple[Tensor, str] | None:
-    """Weights [1, H, Q, K] of a layer that sees all tokens -> maps [H, rows, columns], and who asked.
-
-    None where the keys are not those of the grid, with at most `most_prefix` prefix tokens before them.
-    """
-    _, _, Q, K = weights.shape
-    prefix = K - math.prod(grid)
-    if not 0 <= prefix <= most_prefix:
-        return None
-    if prefix and class_token:
-        return weights[0, :, 0, prefix:].unflatten(1, grid).cpu(), _CLASS_TOKEN
-    patches = weights[0, :, prefix:] if Q == K else weights[0]  # [H, N, K]
-    return patches[:, :, prefix:].mean(dim=1).unflatten(1, grid).cpu(), _PATCHES
-
-
-def _in_windows(weights: Tensor, grid: Sequence[int], layout: Any) -> tuple[Tensor, str] | None:
-    """Weights [W, H, n, n] of W windows -> maps [H, rows, columns]; None where the layout is another."""
-    W, H, n, _ = weights.shape
-    if (W, n) != (math.prod(layout.num_windows), math.prod(layout.window)):
-        return None
-    # Head by head: among all tokens of an early stage, the weights of one head are many.
-    received = [layout.expand(weights[:, head : head + 1]).mean(dim=2)[0] for head in range(H)]
-    return torch.cat(received).unflatten(1, grid).cpu(), _PATCHES
 
 
 def _fit(
@@ -745,20 +700,6 @@ def _scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "loss": float(F.cross_entropy(logits.float(), labels)),
         "accuracy": float((logits.argmax(dim=1) == labels).float().mean()),
     }
-
-
-def _over_heads(maps: Tensor, heads: str | int) -> Tensor:
-    """[H, rows, columns] -> [rows, columns], or all."""
-    if heads == "all":
-        return maps
-    if heads == "mean":
-        return maps.mean(dim=0)
-    if heads in {"max", "min"}:
-        return maps.amax(dim=0) if heads == "max" else maps.amin(dim=0)
-    H = len(maps)
-    if isinstance(heads, bool) or not isinstance(heads, int) or not 0 <= heads < H:
-        raise ValueError(f"heads: expected 'mean', 'max', 'min', 'all' or 0 to {H - 1}, got {heads!r}")
-    return maps[heads]
 
 
 @contextmanager

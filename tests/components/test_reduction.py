@@ -84,8 +84,6 @@ def test_footprints_in_numbers() -> None:
     pooled = PooledAttention(4, 1).footprint((10, 7))
     assert pooled.rows == ((0, 2), (1, 3), (2, 5), (4, 6), (5, 8), (7, 9), (8, 10))
     assert pooled.columns == tuple((i, i + 1) for i in range(7))
-    pixels = SpatialReductionAttention(4, 1, 4).footprint((8, 6)).in_pixels(4, (30, 24))
-    assert pixels == Footprint(rows=((0, 16), (16, 30)), columns=((0, 16), (16, 24)))
 
 
 @pytest.mark.parametrize("kind", ["1", "2", "pooled"])

@@ -1,4 +1,4 @@
-"""Class attention against the attention equation worked out from the block's own input."""
+"""Attention maps against the attention equation worked out from the block's own input, and slow loops."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitrail.components.flow import AttentionStep, Flow, squares
 from vitrail.components.tap import record, taps
-from vitrail.explain import attention_layers, class_attention
+from vitrail.explain import attention_layers, attention_maps, keep_mass
 from vitrail.models import Encoder, build_model
 
 
@@ -47,108 +48,230 @@ def weights_by_hand(model: Encoder, layer: int) -> Tensor:
 @pytest.mark.parametrize("registers", [0, 2])
 def test_class_token_rows(layer: int, number: int, registers: int) -> None:
     model = tiny(registers=registers)
-    expected = weights_by_hand(model, number)[:, :, 0, 1 + registers :].reshape(3, 2, 4, 4)
-    found = class_attention(model, images(), layer, heads="all")
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(class_attention(model, images(), layer), expected.mean(dim=1))
-    torch.testing.assert_close(class_attention(model, images(), layer, heads="max"), expected.amax(dim=1))
-    torch.testing.assert_close(class_attention(model, images(), layer, heads=1), expected[:, 1])
-    assert found.sum(dim=(2, 3)).max() < 1  # the class token and the registers get something too
+    weights = weights_by_hand(model, number)
+    expected = weights[:, :, 0, 1 + registers :].reshape(3, 2, 4, 4)
+    (found,) = attention_maps(model, images(), layers=[layer], heads="all")
+    torch.testing.assert_close(found.values, expected)
+    torch.testing.assert_close(found.prefix, weights[:, :, 0, : 1 + registers].sum(dim=2))
+    assert (found.layer, found.asks) == (f"blocks.{number}.attn", "class token")
+    for heads, fused in (
+        ("mean", expected.mean(dim=1)),
+        ("max", expected.amax(dim=1)),
+        ("min", expected.amin(dim=1)),
+        (1, expected[:, 1]),
+    ):
+        (found,) = attention_maps(model, images(), layers=[layer], heads=heads)  # type: ignore[arg-type]
+        torch.testing.assert_close(found.values, fused)
+
+
+def test_a_patch_asks() -> None:
+    model = tiny(registers=1)
+    expected = weights_by_hand(model, 1)[:, :, 2 + 6, 2:].reshape(3, 2, 4, 4)  # row 1, column 2
+    (found,) = attention_maps(model, images(), layers=[1], heads="all", point=(3, 4))
+    torch.testing.assert_close(found.values, expected)
+    assert found.asks == "patch"
+    pixels = found.in_pixels()
+    assert pixels.shape == (3, 2, 8, 8)
+    torch.testing.assert_close(pixels[:, :, 3, 4], expected[:, :, 1, 2])
+    with pytest.raises(ValueError, match="row 8 lies outside: expected 0 to 7"):
+        attention_maps(model, images(), point=(8, 0))
 
 
 @pytest.mark.parametrize("registers", [0, 1])
 def test_without_class_token_what_patches_receive(registers: int) -> None:
     model = tiny(class_token=False, pool="mean", registers=registers)
     weights = weights_by_hand(model, 2)[:, :, registers:, registers:]
-    expected = weights.mean(dim=2).reshape(3, 2, 4, 4)
-    torch.testing.assert_close(class_attention(model, images(), heads="all"), expected)
-
-
-def test_grid_of_a_wide_image() -> None:
-    assert class_attention(tiny(), images(8, 12)).shape == (3, 4, 6)
+    (found,) = attention_maps(model, images(), layers=[-1], heads="all")
+    torch.testing.assert_close(found.values, weights.mean(dim=2).reshape(3, 2, 4, 4))
+    assert found.asks == "mean of the patches"
 
 
 def test_bad_layer_and_head() -> None:
     with pytest.raises(ValueError, match="no layer 3: expected -3 to 2"):
-        class_attention(tiny(), images(), layer=3)
+        attention_maps(tiny(), images(), layers=[3])
     with pytest.raises(ValueError, match="-2 to 1, got 2"):
-        class_attention(tiny(), images(), heads=2)
+        attention_maps(tiny(), images(), heads=2)
     with pytest.raises(ValueError, match="got 'median'"):
-        class_attention(tiny(), images(), heads="median")  # type: ignore[arg-type]
-    model = tiny()
-    model.blocks = torch.nn.ModuleList()
-    with pytest.raises(ValueError, match="no attention among all tokens"):
-        class_attention(model, images())
+        attention_maps(tiny(), images(), heads="median")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"in layer 9 .* only the class token asks"):
+        attention_maps(build_model("cait_cifar"), torch.randn(1, 3, 32, 32), layers=[9], point=(0, 0))
+    assert not any(tap.watched for tap in taps(tiny()).values())
 
 
-def expected_maps(weights: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-    """By hand from weights [B, H, Q, K]: the class token's row, or the mean over the patches that ask."""
-    rows = weights[:, :, 0, prefix:] if prefix else weights.mean(dim=2)
-    return rows.reshape(*weights.shape[:2], *grid)
+ALL = [
+    ("vit_cifar", {}),
+    ("vit_cifar", {"attention": "linear"}),
+    ("vit_cifar", {"attention": "sparse_local"}),
+    ("vit_cifar", {"attention": "sparse_topk"}),
+    ("deit_cifar", {"depth": 2, "registers": 1}),
+    ("diffvit_cifar", {}),
+    ("cct_2_3x2_32", {}),
+    ("cait_cifar", {"depth": 2}),
+    ("crossvit_cifar", {"depth": 2}),
+    ("pvt_cifar", {}),
+    ("pvt_v2_cifar", {}),
+    ("pvt_v2_cifar", {"linear": True}),
+    ("swin_cifar", {}),
+    ("swinv2_cifar", {}),
+    ("swin_mnist_2blk", {}),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "layers", "prefix"),
-    [
-        (
-            "cct_2_3x2_32",
-            32,
-            ["classifier.blocks.0.self_attn.weights", "classifier.blocks.1.self_attn.weights"],
-            0,
-        ),
-        ("cait_cifar", 32, [f"blocks.{n}.attn.weights" for n in range(8)], 0),
-        ("cait_cifar", 32, [f"blocks_token_only.{n}.attn.weights" for n in range(2)], 1),
-        (
-            "crossvit_cifar",
-            32,
-            [f"blocks.{n}.blocks.1.{m}.attn.weights" for n in range(3) for m in range(2)],
-            1,
-        ),
-        ("crossvit_cifar", 32, [f"blocks.{n}.fusion.0.attn.weights" for n in range(3)], 1),
-        ("deit_cifar", 48, [f"blocks.{n}.attn.weights" for n in range(6)], 2),
-        ("diffvit_cifar", 32, [f"blocks.{n}.attn.weights" for n in range(2)], 0),
-        ("pvt_cifar", 32, [f"block3.{n}.attn.weights" for n in range(2)], 1),
-        ("pvt_v2_cifar", 48, [f"stages.2.blocks.{n}.attn.weights" for n in range(2)], 0),
-        ("swin_mnist_2blk", 28, [f"layers.0.blocks.{n}.attn.weights" for n in range(2)], 0),
-    ],
-)
-def test_every_architecture_shows_what_its_taps_hold(
-    name: str, size: int, layers: list[str], prefix: int
-) -> None:
+def lively(name: str, changes: dict[str, Any]) -> Encoder:
+    """A model whose attention is neither uniform nor on one token."""
     torch.manual_seed(0)
-    model = build_model(name).eval()
-    found = attention_layers(model, (size, size))
-    assert [layer for layer in found if layer in layers] == layers
-    pixels = torch.randn(2, model.config.in_chans, size, size)
-    with torch.no_grad(), record(model, *layers) as seen:
-        grid = model.forward_features(pixels).grid
-    for layer in (layers[0], layers[-1]):
-        maps = class_attention(model, pixels, found.index(layer), heads="all")
-        assert maps.shape[2:] == grid
-        torch.testing.assert_close(maps, expected_maps(seen[layer], prefix, grid))
+    model = build_model(name, **changes).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
 
 
-def test_layers_that_see_another_grid_are_left_out() -> None:
-    fine = attention_layers(build_model("crossvit_cifar"))
-    assert len(fine) == 9  # 3 of 3 fine blocks and 3 class tokens that ask them are not there
-    assert not [name for name in fine if ".blocks.0." in name or "fusion.1" in name]
-    assert len(attention_layers(build_model("pvt_cifar"))) == 2  # of 6: the first four have reduced keys
+def full_matrices(step: AttentionStep, weights: Tensor) -> dict[int, Tensor]:
+    """Attention of a step among all tokens, token by token: branch -> [B, H, T, T of that branch].
+
+    Rows of tokens that do not ask are zero. Independent of `draw`: loops over windows and cells.
+    """
+    tokens, first = step.tokens, step.skipped
+    rows, columns = tokens.grid
+    if step.windows is not None:
+        W = step.windows.num_windows[0] * step.windows.num_windows[1]
+        order = step.windows.order().reshape(W, -1).tolist()
+        wide = step.windows.padded[1]
+        B = len(weights) // W
+        full = weights.new_zeros(B, weights.shape[1], tokens.count, tokens.count)
+        for image in range(B):
+            for window, places in enumerate(order):
+                real = [
+                    (own, place // wide * columns + place % wide)
+                    for own, place in enumerate(places)
+                    if place // wide < rows and place % wide < columns
+                ]
+                for own, asks in real:
+                    for other, asked in real:
+                        full[image, :, asks, asked] = weights[image * W + window, :, own, other]
+        return {step.branch: full}
+    B, H, Q, _ = weights.shape
+    full = weights.new_zeros(B, H, tokens.count, tokens.count)
+    if step.asked is not None:
+        other, theirs = step.asked
+        cross = weights.new_zeros(B, H, tokens.count, theirs.count)
+        full[:, :, 0, 0], cross[:, :, 0, theirs.prefix :] = weights[:, :, 0, 0], weights[:, :, 0, 1:]
+        return {step.branch: full, other: cross}
+    if step.keys is None:
+        full[:, :, first : first + Q, first:] = weights
+        return {step.branch: full}
+    key = 0
+    for top, bottom in step.keys.rows:
+        for left, right in step.keys.columns:
+            for row in range(top, bottom):
+                for column in range(left, right):
+                    share = weights[..., key] / (bottom - top) / (right - left)
+                    full[:, :, :, tokens.prefix + row * columns + column] += share
+            key += 1
+    return {step.branch: full}
 
 
-def test_windows_have_no_maps_and_say_so() -> None:
-    model = build_model("swin_cifar").eval()
-    assert attention_layers(model) == []
-    with pytest.raises(
-        ValueError, match=r"Swin has no attention among all tokens at 32x32 pixels: its 6 .*windows"
-    ):
-        class_attention(model, torch.randn(1, 3, 32, 32))
-    # In the second of two stages 4x4 tokens are left: one window holds them all.
-    assert attention_layers(model, (16, 16)) == [f"layers.1.blocks.{n}.attn.weights" for n in range(4)]
+def recorded(model: Encoder, pixels: Tensor) -> tuple[Flow, dict[str, Tensor], dict[str, Tensor]]:
+    """The flow, what the taps of all attentions hold, and the shares of sequence pooling."""
+    flow = model.flow((pixels.shape[2], pixels.shape[3]))
+    shares = [head.shares for head in flow.reads if head.shares]
+    names = [f"{step.name}.weights" for step in flow.attentions]
+    with torch.no_grad(), record(model, *names, *shares) as seen:
+        model(pixels)
+    return (
+        flow,
+        {name.removesuffix(".weights"): seen[name] for name in names},
+        {own: seen[own] for own in shares},
+    )
 
 
-def test_looking_for_layers_leaves_the_model_as_it_is() -> None:
+@pytest.mark.parametrize(("name", "changes"), ALL)
+def test_every_layer_of_every_architecture(name: str, changes: dict[str, Any]) -> None:
+    model = lively(name, changes)
+    pixels = torch.randn(2, model.config.in_chans, 30, 44)
+    with torch.no_grad():
+        before = model(pixels)
+    flow, weights, _ = recorded(model, pixels)
+    assert set(attention_layers(model)) == set(weights)  # no attention is left out
+    assert {f"{layer}.weights" for layer in weights} == {
+        own for own in taps(model) if own.endswith(".weights")
+    }
+    found = attention_maps(model, pixels, heads="all")
+    points = {own.layer: own for own in attention_maps(model, pixels, heads="all", point=(17, 30))}
+    for step, own in zip(flow.attentions, found, strict=True):
+        matrices = full_matrices(step, weights[step.name])
+        branch, tokens = step.asked or (step.branch, step.tokens)
+        full = matrices[branch]
+        asks = full[:, :, :1] if own.asks == "class token" else full[:, :, step.tokens.prefix :]
+        expected = asks.mean(dim=2)
+        torch.testing.assert_close(
+            own.values.flatten(2), expected[:, :, tokens.prefix :], atol=1e-6, rtol=1e-5
+        )
+        everything = sum(part[:, :, 0].sum(dim=2) for part in matrices.values())
+        if own.asks == "class token":
+            torch.testing.assert_close(own.values.sum(dim=(2, 3)) + own.prefix, everything)
+        if step.name in points:
+            row, column = tokens.cells.find(17, 30)
+            place = tokens.prefix + row * tokens.grid[1] + column
+            asked = full[:, :, place, tokens.prefix :]
+            torch.testing.assert_close(points[step.name].values.flatten(2), asked, atol=1e-6, rtol=1e-5)
+        else:
+            assert step.class_only
+        assert own.in_pixels().shape[2:] == (30, 44)
+    with torch.no_grad():
+        assert torch.equal(model(pixels), before)
+
+
+def test_softmax_rows_sum_to_one() -> None:
+    for name in ("vit_cifar", "swin_cifar", "pvt_cifar", "crossvit_cifar", "cct_2_3x2_32"):
+        model = lively(name, {})
+        for own in attention_maps(model, torch.randn(1, 3, 32, 32), heads="all"):
+            torch.testing.assert_close(own.values.sum(dim=(2, 3)) + own.prefix, torch.ones_like(own.prefix))
+
+
+def test_both_maps_of_differential_attention() -> None:
+    model = lively("diffvit_cifar", {})
+    pixels = torch.randn(2, 3, 32, 32)
+    first, second = (
+        attention_maps(model, pixels, layers=[1], heads="all", tap=tap)[0].values
+        for tap in ("weights1", "weights2")
+    )
+    (signed,) = attention_maps(model, pixels, layers=[1], heads="all")
+    share = model.get_submodule("blocks.1.attn").lambda_now()
+    torch.testing.assert_close(signed.values, first - share * second)
+    torch.testing.assert_close(first.sum(dim=(2, 3)), torch.ones(2, first.shape[1]))
+    with pytest.raises(ValueError, match="no tap matches"):
+        attention_maps(tiny(), images(), tap="weights1")
+
+
+def test_keep_mass() -> None:
+    values = torch.tensor([[[0.5, 0.1], [0.3, 0.1]]])
+    assert keep_mass(values, 0.5).tolist() == [[[True, False], [False, False]]]
+    assert keep_mass(values, 0.6).tolist() == [[[True, False], [True, False]]]
+    assert keep_mass(values, 1.0).all()
+    with pytest.raises(ValueError, match="mass: expected above 0 to 1"):
+        keep_mass(values, 0.0)
+
+
+def test_footprints() -> None:
+    cells = squares((5, 4), 2)
+    assert cells.rows == ((0, 2), (2, 4), (4, 5))
+    values = torch.arange(6.0)
+    spread = cells.spread(values).reshape(5, 4)
+    assert spread.sum() == values.sum()
+    assert spread[4, 2] == 5 / 2
+    painted = cells.paint(values.reshape(3, 2))
+    assert painted[4, 2] == 5
+    torch.testing.assert_close(cells.collect(spread).flatten(), values)
+    assert cells.centres()[5].tolist() == [4.5, 3.0]
+    assert cells.find(4, 3) == (2, 1)
+
+
+def test_looking_leaves_the_model_as_it_is() -> None:
     model = tiny().train()
     attention_layers(model)
+    with pytest.raises(RuntimeError):
+        attention_maps(model, images()[:, :, :, :0])
     assert model.training
-    assert next(model.parameters()).device.type == "cpu"
     assert not any(tap.watched for tap in taps(model).values())

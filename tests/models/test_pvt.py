@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import PvtConfig, PvtForImageClassification
 
+from vitrail.components.flow import AttentionStep
 from vitrail.components.tap import edit, record
 from vitrail.evaluation.cost import count_macs
-from vitrail.models import build_model
+from vitrail.models import Encoder, build_model
 from vitrail.models.encoder import Stage
 from vitrail.models.pvt import VARIANTS
 
@@ -182,17 +183,27 @@ def test_edits_reach_the_logits() -> None:
         assert not torch.equal(changed, model(images)), name
 
 
+def step_of(model: Encoder, block: str, image_shape: tuple[int, int]) -> AttentionStep:
+    """What the model says of the attention of one block."""
+    return next(own for own in model.flow(image_shape).attentions if own.name == f"{block}.attn")
+
+
 def test_keys_stand_for_pixels() -> None:
     model = build_model("pvt_tiny", **SMALL)
-    footprint = model.key_footprint("block1.0", (224, 100))
-    assert footprint.grid == (7, 4)
-    assert footprint.rows[1] == (32, 64)
-    assert footprint.columns[-1] == (96, 100)
-    assert model.key_footprint("block4.1", (224, 224)).rows[-1] == (192, 224)
+    first = step_of(model, "block1.0", (224, 100))
+    assert first.tokens.cells.columns[-1] == (96, 100)
+    assert first.keys is not None
+    assert first.keys.grid == (7, 4)
+    assert first.keys.rows[1] == (8, 16)  # cells of 4 pixels
+    assert first.keys.columns[-1] == (24, 25)
+    last = step_of(model, "block4.1", (224, 224))
+    assert (last.keys, last.tokens.prefix) == (None, 1)
+    assert last.tokens.cells.rows[-1] == (192, 224)
     with record(model, "block3.0.attn.weights") as seen:
         model(torch.randn(1, 3, 90, 224))
-    rows, columns = model.key_footprint("block3.0", (90, 224)).grid
-    assert seen["block3.0.attn.weights"].shape[-1] == rows * columns
+    keys = step_of(model, "block3.0", (90, 224)).keys
+    assert keys is not None
+    assert seen["block3.0.attn.weights"].shape[-1] == keys.grid[0] * keys.grid[1]
 
 
 def test_filled_patches_are_not_seen() -> None:
@@ -290,7 +301,5 @@ def test_what_it_cannot_do_is_said() -> None:
         model.forward_features(images, keep=torch.tensor([[0]]))
     with pytest.raises(ValueError, match="layer 6 of a model with 6 blocks; expected -6 to 5"):
         model.forward_features(images, layers=(6,))
-    with pytest.raises(ValueError, match=r"no block 'block4\.2'; expected one of"):
-        model.key_footprint("block4.2", (32, 32))
     with pytest.raises(ValueError, match=r"expected images \[B, 3, H, W\], got \[1, 1, 32, 32\]"):
         model(images[:, :1])

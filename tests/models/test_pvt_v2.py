@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 
+from vitrail.components.flow import AttentionStep
 from vitrail.components.tap import edit, record
 from vitrail.evaluation.cost import count_macs
-from vitrail.models import build_model
+from vitrail.models import Encoder, build_model
 from vitrail.models.pvt_v2 import VARIANTS
 
 # Parameters and GMACs at the variant's image size (numbers.md, 4.2).
@@ -114,19 +115,26 @@ def test_fused_equals_explicit(linear: bool) -> None:
     assert list(seen) == [f"{name}.attn.weights" for name in model.block_names()]
     for name, weights in seen.items():
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
-        footprint = model.key_footprint(name.removesuffix(".attn.weights"), (30, 44))
-        assert weights.shape[-1] == footprint.grid[0] * footprint.grid[1]
-        assert footprint.rows[-1][1] == 30
-        assert footprint.columns[-1][1] == 44
+        step = step_of(model, name.removesuffix(".attn.weights"), (30, 44))
+        rows, columns = step.tokens.grid if step.keys is None else step.keys.grid
+        assert weights.shape[-1] == rows * columns
+        assert step.tokens.cells.rows[-1][1] == 30
+        assert step.tokens.cells.columns[-1][1] == 44
+
+
+def step_of(model: Encoder, block: str, image_shape: tuple[int, int]) -> AttentionStep:
+    """What the model says of the attention of one block."""
+    return next(own for own in model.flow(image_shape).attentions if own.name == f"{block}.attn")
 
 
 def test_keys_stand_for_pixels() -> None:
-    squares = build_model("pvt_v2_b1", **SMALL).key_footprint("stages.1.blocks.0", (224, 100))
+    squares = step_of(build_model("pvt_v2_b1", **SMALL), "stages.1.blocks.0", (224, 100)).keys
+    assert squares is not None
     assert squares.grid == (7, 4)
-    assert squares.columns == ((0, 32), (32, 64), (64, 96), (96, 100))
-    regions = build_model("pvt_v2_b2_li", **SMALL).key_footprint("stages.3.blocks.1", (224, 320))
-    assert regions.rows[0] == (0, 32)
-    assert regions.columns[:2] == ((0, 64), (32, 96))  # 10 columns of cells in 7 regions
+    assert squares.columns == ((0, 4), (4, 8), (8, 12), (12, 13))  # cells of 8 pixels
+    regions = step_of(build_model("pvt_v2_b2_li", **SMALL), "stages.3.blocks.1", (224, 320)).keys
+    assert regions is not None
+    assert regions.columns[:2] == ((0, 2), (1, 3))  # 10 columns of cells in 7 regions
 
 
 def test_the_middle_does_not_know_where_it_is() -> None:
@@ -250,7 +258,5 @@ def test_what_it_cannot_do_is_said() -> None:
         model.forward_features(images, keep=torch.tensor([[0]]))
     with pytest.raises(ValueError, match="layer -7 of a model with 6 blocks; expected -6 to 5"):
         model.forward_features(images, layers=(-7,))
-    with pytest.raises(ValueError, match=r"no block 'stages\.4\.blocks\.0'; expected one of"):
-        model.key_footprint("stages.4.blocks.0", (32, 32))
     with pytest.raises(ValueError, match=r"expected images \[B, 3, H, W\], got \[1, 1, 32, 32\]"):
         model(images[:, :1])

@@ -19,40 +19,14 @@ losing its last rows and columns; where r divides it the numbers are equal.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.components.attention import attend, split_heads
+from vitrail.components.flow import Footprint, squares
 from vitrail.components.position import Grid
 from vitrail.components.tap import Tap
-
-Spans = tuple[tuple[int, int], ...]
-
-
-class Footprint(NamedTuple):
-    """What each key stands for: key (i, j), number i * len(columns) + j, for `rows[i]` times `columns[j]`.
-
-    Each span is a start and a stop, in cells of the queries' grid or in pixels. The spans of pooled keys may
-    overlap; the last ones of padded grids are cut at the border.
-    """
-
-    rows: Spans
-    columns: Spans
-
-    @property
-    def grid(self) -> Grid:
-        """Rows and columns of keys."""
-        return len(self.rows), len(self.columns)
-
-    def in_pixels(self, stride: int, image_shape: tuple[int, int]) -> Footprint:
-        """The same in pixels, for cells of `stride` pixels, cut at the border of the image."""
-        rows, columns = (
-            tuple((start * stride, min(stop * stride, size)) for start, stop in spans)
-            for spans, size in zip(self, image_shape, strict=True)
-        )
-        return Footprint(rows, columns)
 
 
 class ReducedAttention(nn.Module, ABC):
@@ -136,11 +110,7 @@ class SpatialReductionAttention(ReducedAttention):
 
     def footprint(self, grid: Grid) -> Footprint:
         """Squares next to each other, the last ones cut at the border."""
-        rows, columns = (
-            tuple((start, min(start + self.ratio, size)) for start in range(0, size, self.ratio))
-            for size in grid
-        )
-        return Footprint(rows, columns)
+        return squares(grid, self.ratio)
 
 
 class PooledAttention(ReducedAttention):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.components.attention import attend, split_heads
+from vitrail.components.flow import AttentionStep, Flow, Readout, Tokens, squares
 from vitrail.components.mlp import Mlp
 from vitrail.components.patch import ConvPatchEmbedding, patch_grid
 from vitrail.components.position import Grid, TableLayout, resample_table
@@ -229,6 +230,14 @@ class CaiT(Encoder):
             *among_patches,
             *(f"blocks_token_only.{number}" for number in range(self.config.class_depth)),
         )
+
+    def flow(self, image_shape: tuple[int, int]) -> Flow:
+        """Patches attend to patches; then the class token, which waited, asks itself and them."""
+        tokens = Tokens(squares(image_shape, self.config.patch_size), prefix=1)
+        names, depth = self.block_names(), self.config.depth
+        among_patches = (AttentionStep(f"{name}.attn", tokens, skipped=1) for name in names[:depth])
+        asking = (AttentionStep(f"{name}.attn", tokens, class_only=True) for name in names[depth:])
+        return Flow((tokens,), (*among_patches, *asking), (Readout(prefix=1),))
 
     def layer_of(self, parameter: str) -> int:
         """Depth of a parameter; the class token counts with the first block that it enters."""

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.components.attention import Attention
+from vitrail.components.flow import AttentionStep, Flow, Readout, Tokens, squares
 from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
@@ -173,7 +174,11 @@ class Classifier(nn.Module):
 
 
 class CCT(Encoder):
-    """The encoder and its classifier; taps `embed` and `final` [B, N, D] besides those of the blocks."""
+    """The encoder and its classifier.
+
+    Taps, besides those of the blocks: `embed` and `final` [B, N, D], and `pool_shares` [B, N, 1], with which
+    sequence pooling weighs the tokens.
+    """
 
     after_blocks: ClassVar[tuple[str, ...]] = (
         "classifier.norm",
@@ -189,7 +194,7 @@ class CCT(Encoder):
         self.tokenizer = Tokenizer(config)
         self.classifier = Classifier(config)
         self.pos_drop = nn.Dropout(config.drop)
-        self.embed, self.final = Tap(), Tap()
+        self.embed, self.final, self.pool_shares = Tap(), Tap(), Tap()
         self.classifier.apply(_initialise)
         self.reset_classifier(config.num_classes)
 
@@ -205,6 +210,12 @@ class CCT(Encoder):
     def block_names(self) -> tuple[str, ...]:
         """`classifier.blocks.0`, `classifier.blocks.1`, ..."""
         return tuple(f"classifier.blocks.{number}" for number in range(len(self.classifier.blocks)))
+
+    def flow(self, image_shape: tuple[int, int]) -> Flow:
+        """All tokens attend to all; a cell is what the strides leave (the convolutions see a little more)."""
+        tokens = Tokens(squares(image_shape, self.config.stride))
+        steps = tuple(AttentionStep(f"{name}.self_attn", tokens) for name in self.block_names())
+        return Flow((tokens,), steps, (Readout(shares="pool_shares"),))
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one; 0: no head, `forward` gives the pooled features [B, D]."""
@@ -265,6 +276,7 @@ class CCT(Encoder):
     def forward_head(self, features: Features) -> Tensor:
         """Pool over the sequence with learned shares (paper, section 3.2) and classify -> logits [B, K]."""
         shares = self.classifier.attention_pool(features.patches).softmax(dim=1)  # [B, N, 1]
+        shares = self.pool_shares(shares)
         return self.classifier.fc((shares.transpose(1, 2) @ features.patches)[:, 0])
 
     def position_layouts(self) -> dict[str, TableLayout]:

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from vitrail.components.attention import Attention
 from vitrail.components.cross_attention import CrossAttention
+from vitrail.components.flow import AttentionStep, Flow, Readout, Tokens, even
 from vitrail.components.mlp import Mlp
 from vitrail.components.patch import ConvPatchEmbedding, PatchEmbedding, patch_grid
 from vitrail.components.position import Grid, TableLayout, resample_table
@@ -262,6 +263,34 @@ class CrossViT(Encoder):
     def block_names(self) -> tuple[str, ...]:
         """The multi-scale blocks: `blocks.0`, `blocks.1`, `blocks.2`."""
         return tuple(f"blocks.{number}" for number in range(len(self.blocks)))
+
+    def flow(self, image_shape: tuple[int, int]) -> Flow:
+        """In each block both branches by themselves, then each class token asks the other's patches."""
+        config = self.config
+        branches = []
+        for branch in (SMALL, LARGE):
+            height, width = config.branch_shape(branch, *image_shape)
+            grid = patch_grid(height, width, config.patch_size[branch])
+            branches.append(Tokens(even(grid, image_shape), prefix=1))
+        steps = []
+        for name in self.block_names():
+            for branch in (SMALL, LARGE):
+                steps += [
+                    AttentionStep(f"{name}.blocks.{branch}.{number}.attn", branches[branch], branch)
+                    for number in range(config.branch_depth[branch])
+                ]
+            for branch in (SMALL, LARGE):
+                other = 1 - branch
+                steps.append(
+                    AttentionStep(
+                        f"{name}.fusion.{branch}.attn",
+                        branches[branch],
+                        branch,
+                        class_only=True,
+                        asked=(other, branches[other]),
+                    )
+                )
+        return Flow(tuple(branches), tuple(steps), (Readout(SMALL, prefix=1), Readout(LARGE, prefix=1)))
 
     def reset_classifier(self, num_classes: int) -> None:
         """Two fresh heads; 0: none, `forward` gives both class tokens side by side, [B, D0 + D1]."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitrail.components.flow import Flow
 from vitrail.components.position import TableLayout
 from vitrail.components.tap import Tap
 
@@ -57,6 +58,27 @@ class Features:
                 f"{self.patches.shape[1]} of {cells} patches were kept: no map; encode without keep="
             )
         return self.patches.transpose(1, 2).unflatten(2, self.grid)
+
+
+def bias_by_offset(bias: Tensor, window: tuple[int, int]) -> Tensor:
+    """One value an offset instead of one a pair of patches.
+
+    Args:
+        bias: [H, n, n]; rows ask, columns are asked; pairs with the same offset have the same value.
+        window: Rows and columns of the n patches.
+
+    Returns:
+        [H, 2 rows - 1, 2 columns - 1], as `Encoder.position_bias` has it.
+    """
+    asking, asked = zip(*(_ends(size) for size in window), strict=True)
+    pairs = bias.unflatten(2, window).unflatten(1, window)  # [H, rows, columns, rows, columns]
+    return pairs[:, asking[0][:, None], asking[1], asked[0][:, None], asked[1]]
+
+
+def _ends(size: int) -> tuple[Tensor, Tensor]:
+    """Two places on an axis for each offset from 1 - size to size - 1: the one that asks, the one asked."""
+    offsets = torch.arange(1 - size, size)
+    return offsets.clamp(min=0), (-offsets).clamp(min=0)
 
 
 Fill = tuple[Tensor, Tensor]
@@ -122,6 +144,10 @@ class Encoder(nn.Module, ABC):
     def block_names(self) -> tuple[str, ...]:
         """Names of the blocks' modules, in the order in which an image passes them."""
 
+    @abstractmethod
+    def flow(self, image_shape: tuple[int, int]) -> Flow:
+        """How tokens hear of each other, for images of a height and width in pixels."""
+
     def layer_of(self, parameter: str) -> int:
         """Depth of a parameter: 0 in the embedding, i in the i-th block, last + 1 in the norm and head.
 
@@ -156,6 +182,23 @@ class Encoder(nn.Module, ABC):
 
     def position_table(self, grid: tuple[int, int]) -> Tensor | None:
         """The positions that are added to the patches, [N, D]; None where the architecture adds none."""
+        return None
+
+    def position_bias(self, grid: tuple[int, int]) -> dict[str, Tensor]:
+        """What each block adds to the scores of its attention for the offset between two patches.
+
+        Args:
+            grid: Rows and columns of the patches (of a pyramid: of its first stage).
+
+        Returns:
+            Block -> [H, 2 r - 1, 2 c - 1] for r x c patches that attend to each other: the grid, or the
+            block's window. The middle is offset 0; below and right of it the patch that asks lies below and
+            right of the one that is asked. Empty where there is no such bias.
+        """
+        return {}
+
+    def position_rotation(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines [N, pairs] by which queries and keys of patches turn; None where none do."""
         return None
 
     def position_layouts(self) -> dict[str, TableLayout]:

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, squares
 from vitrail.components.mlp import Mlp
 from vitrail.components.patch import PatchEmbedding, patch_grid
 from vitrail.components.position import Grid, TableLayout, resample_table
-from vitrail.components.reduction import Footprint, SpatialReductionAttention
+from vitrail.components.reduction import ReducedAttention, SpatialReductionAttention
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, Stage
@@ -180,6 +181,27 @@ class PVT(Encoder):
             for block in range(depth)
         )
 
+    def flow(self, image_shape: tuple[int, int]) -> Flow:
+        """Patches attend to squares of patches; between stages 2 x 2 become one, before the last the class
+        token joins.
+        """
+        tokens = start = Tokens(squares(image_shape, self.config.patch_size))
+        steps: list[AttentionStep | MergeStep] = []
+        for name in self.block_names():
+            stage, block = (int(number) for number in re.findall(r"\d+", name))  # stages count from 1
+            if stage > 1 and not block:
+                cells = squares(image_shape, self.stages[stage - 1].stride)
+                merged = Tokens(cells, prefix=int(stage == self.num_stages))
+                steps.append(MergeStep(tokens, merged, squares(tokens.grid, 2)))
+                tokens = merged
+            attention = self.get_submodule(f"{name}.attn")
+            assert isinstance(attention, ReducedAttention)
+            keys = attention.footprint(tokens.grid)
+            steps.append(
+                AttentionStep(f"{name}.attn", tokens, keys=None if keys.grid == tokens.grid else keys)
+            )
+        return Flow((start,), tuple(steps), (Readout(prefix=1),))
+
     def layer_of(self, parameter: str) -> int:
         """Depth of a parameter; what leads into a later stage counts with the stage's first block."""
         entry = re.match(r"(?:patch|pos)_embed(\d+)", parameter)
@@ -285,25 +307,6 @@ class PVT(Encoder):
     def position_table(self, grid: Grid) -> Tensor:
         """The positions that are added to the patches of the first stage, [N, D]."""
         return resample_table(self.pos_embed1, self.config.grids[0], grid)[0]
-
-    def key_footprint(self, block: str, image_shape: tuple[int, int]) -> Footprint:
-        """Which pixels each key of a block stands for.
-
-        Args:
-            block: One of `block_names()`. In the last stage the class token is a key too, the first one; it
-                is not in the footprint.
-            image_shape: Height and width of the images.
-
-        Raises:
-            ValueError: There is no such block.
-        """
-        names = self.block_names()
-        if block not in names:
-            raise ValueError(f"no block {block!r}; expected one of {names[0]} to {names[-1]}")
-        stride = self.stages[int(block.removeprefix("block").split(".")[0]) - 1].stride
-        attention = self.get_submodule(f"{block}.attn")
-        assert isinstance(attention, SpatialReductionAttention)
-        return attention.footprint(patch_grid(*image_shape, stride)).in_pixels(stride, image_shape)
 
     def _enter(self, number: int, tokens: Tensor, grid: Grid) -> Tensor:
         """Add a stage's positions, and in the last stage the class token: [B, N, D] -> [B, L, D]."""

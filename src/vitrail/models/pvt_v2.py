@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrail.components.patch import PatchEmbedding, patch_grid
+from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, squares
+from vitrail.components.patch import PatchEmbedding
 from vitrail.components.position import Grid
 from vitrail.components.reduction import (
-    Footprint,
     PooledAttention,
     ReducedAttention,
     SpatialReductionAttention,
@@ -197,6 +197,24 @@ class PVTv2(Encoder):
             for block in range(depth)
         )
 
+    def flow(self, image_shape: tuple[int, int]) -> Flow:
+        """Patches attend to squares of patches; between stages 2 x 2 become one, seen overlapping."""
+        tokens = start = Tokens(squares(image_shape, self.config.patch_size))
+        steps: list[AttentionStep | MergeStep] = []
+        for name in self.block_names():
+            stage, block = (int(number) for number in re.findall(r"\d+", name))
+            if stage and not block:
+                merged = Tokens(squares(image_shape, self.stages[stage].stride))
+                steps.append(MergeStep(tokens, merged, squares(tokens.grid, 2)))
+                tokens = merged
+            attention = self.get_submodule(f"{name}.attn")
+            assert isinstance(attention, ReducedAttention)
+            keys = attention.footprint(tokens.grid)
+            steps.append(
+                AttentionStep(f"{name}.attn", tokens, keys=None if keys.grid == tokens.grid else keys)
+            )
+        return Flow((start,), tuple(steps), (Readout(),))
+
     def layer_of(self, parameter: str) -> int:
         """Depth of a parameter.
 
@@ -278,24 +296,6 @@ class PVTv2(Encoder):
     def forward_head(self, features: Features) -> Tensor:
         """Classify by the mean of the patches: features -> logits [B, K]."""
         return self.head(features.patches.mean(dim=1))
-
-    def key_footprint(self, block: str, image_shape: tuple[int, int]) -> Footprint:
-        """Which pixels each key of a block stands for.
-
-        Args:
-            block: One of `block_names()`.
-            image_shape: Height and width of the images.
-
-        Raises:
-            ValueError: There is no such block.
-        """
-        names = self.block_names()
-        if block not in names:
-            raise ValueError(f"no block {block!r}; expected one of {names[0]} to {names[-1]}")
-        stride = self.stages[int(block.split(".")[1])].stride
-        attention = self.get_submodule(f"{block}.attn")
-        assert isinstance(attention, ReducedAttention)
-        return attention.footprint(patch_grid(*image_shape, stride)).in_pixels(stride, image_shape)
 
 
 def _features(tokens: Tensor, grid: Grid) -> Features:

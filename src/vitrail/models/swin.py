@@ -12,6 +12,7 @@ the same. Its absolute positions (an option that no released model uses) are lef
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.components.attention import Attention
+from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, squares
 from vitrail.components.mlp import Mlp
 from vitrail.components.patch import ConvPatchEmbedding, patch_grid
 from vitrail.components.position import Grid, TableLayout
@@ -33,7 +35,7 @@ from vitrail.components.window import (
     offset_bias,
     offset_index,
 )
-from vitrail.models.encoder import Encoder, Features, Fill, Stage
+from vitrail.models.encoder import Encoder, Features, Fill, Stage, bias_by_offset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,6 +287,21 @@ class WindowEncoder(Encoder):
             for number in range(depth)
         )
 
+    def flow(self, image_shape: tuple[int, int]) -> Flow:
+        """Patches attend within windows; between stages 2 x 2 become one."""
+        tokens = start = Tokens(squares(image_shape, self.config.patch_size))
+        steps: list[AttentionStep | MergeStep] = []
+        for name in self.block_names():
+            stage, block = (int(number) for number in re.findall(r"\d+", name))
+            if stage and not block:
+                merged = Tokens(squares(image_shape, self.stages[stage].stride))
+                steps.append(MergeStep(tokens, merged, squares(tokens.grid, 2)))
+                tokens = merged
+            windows = self.get_submodule(f"{name}.windows")
+            assert isinstance(windows, WindowPartition)
+            steps.append(AttentionStep(f"{name}.attn", tokens, windows=windows.layout(tokens.grid)))
+        return Flow((start,), tuple(steps), (Readout(),))
+
     def layer_of(self, parameter: str) -> int:
         """Depth of a parameter; a merging belongs to the block that follows it."""
         stage, merging, _ = parameter.partition(".downsample.")
@@ -357,6 +374,19 @@ class WindowEncoder(Encoder):
     def forward_head(self, features: Features) -> Tensor:
         """Mean of the patches, then the classifier: features -> logits [B, K]."""
         return self.head(features.patches.mean(dim=1))
+
+    def position_bias(self, grid: Grid) -> dict[str, Tensor]:
+        """The bias of each block within its windows; `grid` is that of the first stage."""
+        found: dict[str, Tensor] = {}
+        block: Any  # what `self.block` makes
+        for number, stage in enumerate(self.layers):
+            assert isinstance(stage, SwinStage)
+            if number:
+                grid = patch_grid(*grid, 2)
+            for position, block in enumerate(stage.blocks):
+                window = block.layout(grid).window
+                found[f"layers.{number}.blocks.{position}"] = bias_by_offset(block.attn.bias(window), window)
+        return found
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vitrail.components.attention import Attention, AttentionCore, attend
 from vitrail.components.differential import DifferentialAttention
+from vitrail.components.flow import AttentionStep, Flow, Readout, Tokens, squares
 from vitrail.components.linear_attention import attend_linear
 from vitrail.components.mlp import Mlp, SwiGLU
 from vitrail.components.patch import PATCH_EMBEDDINGS, patch_grid
@@ -40,7 +41,7 @@ from vitrail.components.position import (
 from vitrail.components.residual import DropPath, LayerScale, drop_path_rates
 from vitrail.components.sparse import SparsePattern, attend_top_k, top_k_density
 from vitrail.components.tap import Tap
-from vitrail.models.encoder import Encoder, Features, Fill, Stage
+from vitrail.models.encoder import Encoder, Features, Fill, Stage, bias_by_offset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,7 +193,11 @@ def _attention(config: ViTConfig, layer: int) -> Attention | DifferentialAttenti
 
 
 class ViT(Encoder):
-    """The encoder and its classifier; taps `embed` and `final` [B, L, D] besides those of the blocks."""
+    """The encoder and its classifier.
+
+    Taps, besides those of the blocks: `embed` and `final` [B, L, D], and `pool_shares` [B, N, 1], with which
+    sequence pooling weighs the patches.
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -228,7 +233,7 @@ class ViT(Encoder):
         self.norm = nn.Identity() if config.fc_norm else nn.LayerNorm(dim, eps=1e-6)
         self.attention_pool = nn.Linear(dim, 1) if config.pool == "seqpool" else None
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if config.fc_norm else nn.Identity()
-        self.embed, self.final = Tap(), Tap()
+        self.embed, self.final, self.pool_shares = Tap(), Tap(), Tap()
         self.apply(self._initialise)
         self.reset_classifier(config.num_classes)
         for parameter, std in (
@@ -253,6 +258,19 @@ class ViT(Encoder):
     def block_names(self) -> tuple[str, ...]:
         """`blocks.0`, `blocks.1`, ..."""
         return tuple(f"blocks.{number}" for number in range(len(self.blocks)))
+
+    def flow(self, image_shape: tuple[int, int]) -> Flow:
+        """All tokens attend to all, block by block; a cell is a patch."""
+        stride = self.config.patch_size
+        tokens = Tokens(squares(image_shape, stride), self.config.num_prefix)
+        read = Readout()
+        if self.config.pool == "cls":
+            read = Readout(prefix=2 if self.config.distillation else 1)
+        elif self.config.pool == "seqpool":
+            read = Readout(shares="pool_shares")
+        return Flow(
+            (tokens,), tuple(AttentionStep(f"{name}.attn", tokens) for name in self.block_names()), (read,)
+        )
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a fresh one; 0: no head, `forward` gives the pooled features [B, D]."""
@@ -390,7 +408,7 @@ class ViT(Encoder):
             return features.prefix[:, 0]
         if self.attention_pool is None:
             return features.patches.mean(dim=1)
-        shares = self.attention_pool(features.patches).softmax(dim=1)  # [B, N, 1]
+        shares = self.pool_shares(self.attention_pool(features.patches).softmax(dim=1))  # [B, N, 1]
         return (shares.transpose(1, 2) @ features.patches)[:, 0]
 
     def attention_density(self, grid: Grid) -> float:
@@ -405,6 +423,25 @@ class ViT(Encoder):
         """The positions that are added to the patches, [N, D]; None for none, relative and rotary."""
         table, _ = self._positions(grid)
         return None if table is None else table[0]
+
+    def position_bias(self, grid: Grid) -> dict[str, Tensor]:
+        """The relative positions of each block, for pairs of patches."""
+        found: dict[str, Tensor] = {}
+        for name in self.block_names():
+            relative = self.get_submodule(name).rel_pos
+            if relative is not None:
+                assert isinstance(relative, RelativePositionBias)
+                pairs = relative(grid)[0, :, self.config.num_prefix :, self.config.num_prefix :]
+                found[name] = bias_by_offset(pairs, grid)
+        return found
+
+    def position_rotation(self, grid: Grid) -> tuple[Tensor, Tensor] | None:
+        """The rotary positions; both channels of a pair turn by one angle."""
+        if self.rotary is None:
+            return None
+        cosine, sine = self.rotary(grid)
+        patches = slice(self.config.num_prefix, None)
+        return cosine[0, 0, patches, ::2], sine[0, 0, patches, ::2]
 
     def position_layouts(self) -> dict[str, TableLayout]:
         """`pos_embed`, or its rows and columns, or the table of relative positions of each block."""

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from vitrail.config import load_config
 from vitrail.datasets import Images, Preprocessing
 from vitrail.evaluation.metrics import ClassificationMetrics, Evaluation, read_evaluation
-from vitrail.explain.attention import attention_layers, class_attention
+from vitrail.explain.attention import attention_layers, attention_maps
 from vitrail.explain.draw import INK, RED, image_grid, label, png, similarity_grid
 from vitrail.explain.health import CollapseReport, attention_collapse, finding
 from vitrail.explain.positions import position_similarity
@@ -212,19 +212,14 @@ def _draw_inside(model: Encoder, preprocessing: Preprocessing, test: Images) -> 
 
     drawn: Drawn = {}
     depth = len(attention_layers(model))
-    if depth:
-        layers = np.unique(
-            np.linspace(0, depth - 1, min(depth, ATTENTION_LAYERS)).round().astype(int)
-        ).tolist()
-        maps = [class_attention(model, inputs, layer) for layer in layers]
-        tiles, captions, heat = [], [], []
-        for row, truth in enumerate(labels.tolist()):
-            tiles += [images[row]] * (1 + len(layers))
-            captions += [label(test.classes[truth], 16), *(f"block {layer + 1}" for layer in layers)]
-            heat += [None, *(own[row] for own in maps)]
-        drawn["attention"] = image_grid(torch.stack(tiles), captions, columns=1 + len(layers), heat=heat)
-    else:
-        drawn["attention"] = "No block of this architecture attends among all tokens, so it has no such maps."
+    layers = np.unique(np.linspace(0, depth - 1, min(depth, ATTENTION_LAYERS)).round().astype(int)).tolist()
+    maps = attention_maps(model, inputs, layers=layers)
+    tiles, captions, heat = [], [], []
+    for row, truth in enumerate(labels.tolist()):
+        tiles += [images[row]] * (1 + len(layers))
+        captions += [label(test.classes[truth], 16), *(f"layer {layer + 1}" for layer in layers)]
+        heat += [None, *(own.values[row] for own in maps)]
+    drawn["attention"] = image_grid(torch.stack(tiles), captions, columns=1 + len(layers), heat=heat)
     with torch.no_grad():
         grid = model.forward_features(inputs[:1]).grid
     try:
