@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vitrail.components.flow import Flow, MergeStep
 from vitrail.components.tap import edit, record, taps
-from vitrail.explain.rollout import attention_rollout, gradient_rollout, relevance
+from vitrail.explain.rollout import attention_flow, attention_rollout, gradient_rollout, relevance
 from vitrail.models import build_model
 
 
@@ -201,3 +201,51 @@ def test_mistakes() -> None:
         attention_rollout(tiny(), images(), heads="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="class"):
         relevance(build_model("vit_digits"), images(), 11)
+
+
+def test_flow_through_three_layers_equals_a_linear_programme() -> None:
+    from scipy.optimize import linprog
+
+    model = tiny()
+    _, weights, _ = recorded(model, images())
+    pipes = []
+    for own in weights.values():
+        mixed = own[0].mean(dim=0) + torch.eye(17)
+        pipes.append(mixed / mixed.sum(dim=-1, keepdim=True))
+    found = attention_flow(model, images()[:1])
+    for patch in (0, 7, 15):
+        # One variable a pipe: how much flows from a token to one before it.
+        widths = torch.stack(pipes).flatten().tolist()
+        inside = torch.zeros(3 * 17, len(widths))
+        wanted = torch.zeros(len(widths))
+        for layer in range(3):
+            for asks in range(17):
+                for asked in range(17):
+                    pipe = (layer * 17 + asks) * 17 + asked
+                    if layer < 2:
+                        inside[layer * 17 + asks, pipe] -= 1.0  # leaves the token after layer + 1
+                    if layer == 2 and asks != 0:
+                        inside[2 * 17 + asks, pipe] = 1.0  # nothing comes from tokens that are not read
+                    if layer > 0:
+                        inside[(layer - 1) * 17 + asked, pipe] += 1.0  # reaches the token after layer
+                    if layer == 0:
+                        wanted[pipe] = -1.0 if asked == patch + 1 else 0.0
+                        if asked != patch + 1:
+                            widths[pipe] = 0.0
+        solved = linprog(
+            wanted.numpy(), A_eq=inside.numpy(), b_eq=[0.0] * 51, bounds=[(0.0, width) for width in widths]
+        )
+        assert found.values.flatten()[patch] == pytest.approx(-solved.fun, abs=1e-4)
+
+
+def test_flow_is_for_small_cases() -> None:
+    pixels = torch.randn(1, 3, 32, 32)
+    found = attention_flow(lively("swin_cifar", {"depths": (1, 1)}), pixels[:, :, :8, :8])
+    assert found.values.shape == (1, 4, 4)
+    assert 0 < float(found.values.min()) <= float(found.values.max()) <= 1
+    with pytest.raises(ValueError, match="no negative weights"):
+        attention_flow(lively("diffvit_cifar", {}), pixels)
+    with pytest.raises(ValueError, match="for one branch"):
+        attention_flow(lively("crossvit_cifar", {}), pixels)
+    with pytest.raises(ValueError, match="at most 4,000 tokens"):
+        attention_flow(build_model("vit_cifar").eval(), torch.randn(1, 3, 160, 160))

@@ -69,8 +69,8 @@ class Positions:
         """The places in the plane in which their vectors vary most.
 
         The eigenvectors of the centred products give what PCA of the vectors gives (Gower 1966). The sign of
-        an axis makes its largest coordinate positive, the first of equal ones. Positions by formula vary as much along some axes as
-        along others: which of those come first, and how they are turned, rounding decides.
+        an axis makes its largest coordinate positive, the first of equal ones. Positions by formula vary as
+        much along some axes as along others: which come first, and how they are turned, rounding decides.
 
         Returns:
             Coordinates [rows, columns, 2] and the share of the variance on each axis, [2]; zeros, but for

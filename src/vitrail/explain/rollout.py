@@ -7,6 +7,7 @@
 | rollout | A + I, each row divided by its sum | Abnar and Zuidema 2020, section 3 |
 | gradient rollout | relu(G * A) + I, divided alike; G is the gradient of the target's score | both |
 | relevance | relu(G * A) + I | Chefer et al. 2021, "Generic attention", equations 5 and 6 |
+| attention flow | rows of rollout as capacities of pipes | Abnar and Zuidema 2020, section 3 |
 
 The published form multiplies T x T matrices from the first layer to the last and reads one row of the
 product. Here that row is pulled back from the last layer to the first, which gives the same numbers for a
@@ -29,13 +30,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrail.components.flow import AttentionStep, Flow, Footprint, MergeStep
+from vitrail.components.flow import AttentionStep, Flow, Footprint, MergeStep, Tokens
 from vitrail.components.tap import record
 from vitrail.explain.attention import Point, by_image, draw, watch
 from vitrail.explain.target import Target, class_scores
 from vitrail.models.encoder import Encoder
 
 Fusion = Literal["mean", "max", "min"]
+
+_MOST_NODES = 4_000
+_SCALE = 2**20  # flows are computed in whole numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +85,64 @@ def attention_rollout(
     """
     if not 0.0 <= discard < 1.0:
         raise ValueError(f"discard: expected 0 to below 1, got {discard}")
-    flow = model.flow((images.shape[2], images.shape[3]))
-    fused: dict[str, Tensor] = {}
-
-    def see(step: AttentionStep, weights: Tensor) -> None:
-        fused[step.name] = _discard(_fuse(by_image(step, weights), heads), discard)
-
-    with record(model, *_shares(flow)) as shares:
-        watch(model, images, flow.attentions, see)
+    flow, fused, shares = _fused(model, images, heads, discard)
     return _pull_back(flow, fused, shares, point, divide=True)
+
+
+@torch.no_grad()
+def attention_flow(
+    model: Encoder, images: Tensor, *, heads: Fusion = "mean", point: Point | None = None
+) -> Rollout:
+    """The largest flow from what the head reads to each patch, through pipes as wide as rollout's rows.
+
+    For small cases: one maximum flow is computed for each patch and image.
+
+    Args:
+        model: Any encoder without negative weights, in evaluation mode.
+        images: [B, C, height, width], normalised.
+        heads: How the heads of a layer become one.
+        point: As in `attention_rollout`.
+
+    Returns:
+        Values 0 to 1, exact to about 1e-5; they share pipes and do not sum to one. `prefix` is zero.
+
+    Raises:
+        ValueError: Over 4,000 tokens in all layers together, negative weights, or two branches.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import maximum_flow
+
+    flow, fused, shares = _fused(model, images, heads, discard=0.0)
+    if len(flow.start) > 1:
+        raise ValueError("attention flow is for one branch of tokens; take attention_rollout")
+    counts = [flow.start[0].count, *(_after(step).count for step in flow.steps)]
+    if sum(counts) > _MOST_NODES:
+        raise ValueError(
+            f"attention flow is for at most {_MOST_NODES:,} tokens in all layers together, "
+            f"got {sum(counts):,}; take attention_rollout"
+        )
+    if any((weights < 0).any() for weights in fused.values()):
+        raise ValueError("attention flow knows no negative weights; take attention_rollout")
+    first = [sum(counts[:number]) for number in range(len(counts) + 1)]
+    source, start = first[-1], flow.start[0]
+    (reading,) = _read(flow, shares, point, next(iter(fused.values())).new_zeros(len(images)))
+    values = torch.zeros(len(images), start.count - start.prefix)
+    for image in range(len(images)):
+        tails, heads_, widths = [], [], []
+        pipes = [_rows_of(step, fused, image) for step in flow.steps] + [reading[image]]
+        for number, matrix in enumerate(pipes):
+            asks, asked = matrix.nonzero(as_tuple=True)
+            tails.append(asks + first[number + 1])
+            heads_.append(asked + first[number])
+            widths.append((matrix[asks, asked] * _SCALE).round())
+        links = (torch.cat(tails).numpy(), torch.cat(heads_).numpy())
+        graph = coo_array((torch.cat(widths).int().numpy(), links), shape=(source + 1, source + 1)).tocsr()
+        for patch in range(values.shape[1]):
+            found = maximum_flow(graph, source, start.prefix + patch).flow_value
+            values[image, patch] = found / _SCALE
+    return Rollout(
+        values=values.unflatten(1, start.grid), prefix=values.new_zeros(len(values)), cells=start.cells
+    )
 
 
 def gradient_rollout(
@@ -117,6 +170,21 @@ def relevance(
     """
     flow, fused, shares = _weighted(model, images, target)
     return _pull_back(flow, fused, shares, point, divide=False)
+
+
+def _fused(
+    model: Encoder, images: Tensor, heads: Fusion, discard: float
+) -> tuple[Flow, dict[str, Tensor], dict[str, Tensor]]:
+    """The attention of every layer with its heads fused; and the shares of sequence pooling."""
+    flow = model.flow((images.shape[2], images.shape[3]))
+    fused: dict[str, Tensor] = {}
+
+    def see(step: AttentionStep, weights: Tensor) -> None:
+        fused[step.name] = _discard(_fuse(by_image(step, weights), heads), discard)
+
+    with record(model, *_shares(flow)) as shares:
+        watch(model, images, flow.attentions, see)
+    return flow, fused, shares
 
 
 def _weighted(
@@ -188,7 +256,7 @@ def _read(flow: Flow, shares: Mapping[str, Tensor], point: Point | None, like: T
     """Which tokens of each branch's last state are followed, as shares of them: [B, 1, T] a branch."""
     last = list(flow.start)
     for step in flow.steps:
-        last[step.branch] = step.after if isinstance(step, MergeStep) else step.tokens
+        last[step.branch] = _after(step)
     rows = [like.new_zeros(len(like), 1, tokens.count) for tokens in last]
     if point is not None:
         for tokens, row in zip(last, rows, strict=True):
@@ -214,6 +282,25 @@ def _row_sizes(step: AttentionStep, weights: Tensor) -> Tensor:
         rows, columns = step.windows.grid
         sizes = sizes.flatten(1)[:, places].unflatten(1, step.windows.padded)[:, :rows, :columns].flatten(1)
     return F.pad(sizes, (step.skipped, step.tokens.count - step.skipped - sizes.shape[1]))
+
+
+def _after(step: AttentionStep | MergeStep) -> Tokens:
+    return step.after if isinstance(step, MergeStep) else step.tokens
+
+
+def _rows_of(step: AttentionStep | MergeStep, fused: Mapping[str, Tensor], image: int) -> Tensor:
+    """What each token after a step draws from each before it, for one image: rows that sum to one."""
+    if isinstance(step, MergeStep):
+        cells = torch.eye(step.after.count - step.after.prefix)
+        patches = step.cells.spread(cells)
+        rows = patches.new_zeros(step.after.count, step.before.count)
+        rows[: step.before.prefix, : step.before.prefix] = torch.eye(step.before.prefix)
+        rows[step.after.prefix :, step.before.prefix :] = patches
+        return rows
+    weights = fused[step.name][image : image + 1]
+    itself = torch.eye(step.tokens.count, device=weights.device)[None]
+    mixed = draw(step, weights, itself)[step.branch] + itself
+    return (mixed / (1.0 + _row_sizes(step, weights))[:, :, None])[0].cpu()
 
 
 def _shares(flow: Flow) -> list[str]:
