@@ -11,6 +11,7 @@ from torch import Tensor
 from vitrail.components.flow import AttentionStep, Flow, squares
 from vitrail.components.tap import record, taps
 from vitrail.explain import attention_layers, attention_maps, keep_mass
+from vitrail.explain.attention import patch_attention
 from vitrail.models import Encoder, build_model
 
 
@@ -221,6 +222,31 @@ def test_every_layer_of_every_architecture(name: str, changes: dict[str, Any]) -
         assert own.in_pixels().shape[2:] == (30, 44)
     with torch.no_grad():
         assert torch.equal(model(pixels), before)
+
+
+@pytest.mark.parametrize(("name", "changes"), ALL)
+def test_blocks_are_means_and_sums_of_patches(name: str, changes: dict[str, Any]) -> None:
+    model = lively(name, changes)
+    pixels = torch.randn(1, model.config.in_chans, 24, 44)
+    every = patch_attention(model, pixels, most=99)
+    assert [own.layer for own in every] == attention_layers(model)
+    for own, token in zip(every, attention_maps(model, pixels, heads="all"), strict=True):
+        if token.asks == "class token":
+            assert own.class_token is not None
+            torch.testing.assert_close(own.class_token, token.values[0])
+        else:
+            torch.testing.assert_close(own.values.mean(dim=1), token.values[0], atol=1e-6, rtol=1e-5)
+    for own in attention_maps(model, pixels, heads="all", point=(9, 20)):
+        found = next(each for each in every if each.layer == own.layer)
+        row, column = own.cells.find(9, 20)
+        torch.testing.assert_close(found.values[:, row * found.asking[1] + column], own.values[0])
+    for fine, own in zip(every, patch_attention(model, pixels, most=4), strict=True):
+        assert max(own.values.shape[2:]) <= 4
+        side = -(-max(fine.asking) // 4)
+        if own.asking != (0, 0) and fine.values.shape[2:] == fine.asking:
+            corner = fine.values.unflatten(1, fine.asking)[:, :side, :side, :side, :side]
+            expected = corner.sum(dim=(3, 4)).mean(dim=(1, 2))
+            torch.testing.assert_close(own.values[:, 0, 0, 0], expected)
 
 
 def test_softmax_rows_sum_to_one() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrail.components.flow import AttentionStep, Flow, Footprint
+from vitrail.components.flow import AttentionStep, Flow, Footprint, squares
 from vitrail.components.tap import edit
 from vitrail.models.encoder import Encoder
 
@@ -103,6 +103,60 @@ def attention_maps(
 
     watch(model, images, steps, see, tap=tap)
     return [found[step.name] for step in steps]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchAttention:
+    """What every patch of one layer attends to, in blocks of patches where the grid is large."""
+
+    layer: str
+    """The attention module: `blocks.3.attn`."""
+    values: Tensor
+    """[H, R, rows, columns]: what the R asking blocks give to each block; they ask in row-major order. Over a
+    map values sum to what did not go to prefix tokens."""
+    class_token: Tensor | None
+    """The same for the class token, [H, rows, columns]; None where it takes no part."""
+    asking: tuple[int, int]
+    """Rows and columns of the blocks that ask; (0, 0) where only the class token does."""
+
+
+@torch.no_grad()
+def patch_attention(model: Encoder, image: Tensor, most: int = 16) -> list[PatchAttention]:
+    """The attention of every patch in every layer and head, for one image.
+
+    Grids with more than `most` rows or columns are put together in square blocks: the mean over the patches
+    that ask, the sum over those that are asked.
+
+    Args:
+        model: Any encoder, in evaluation mode.
+        image: [1, C, height, width], normalised.
+        most: Largest number of rows and columns.
+    """
+    flow = model.flow((image.shape[2], image.shape[3]))
+    found: dict[str, PatchAttention] = {}
+
+    def see(step: AttentionStep, weights: Tensor) -> None:
+        tokens = step.tokens
+        branch, asked = (step.branch, step.tokens) if step.asked is None else step.asked
+        blocks, asked_blocks = (squares(own.grid, -(-max(own.grid) // most)) for own in (tokens, asked))
+        rows = []
+        if class_token_asks(flow, step):
+            rows.append(F.one_hot(torch.tensor([0]), tokens.count).float())
+        if not step.class_only:
+            each = blocks.spread(torch.eye(blocks.grid[0] * blocks.grid[1]))
+            rows.append(F.pad(each, (tokens.prefix, 0)))
+        drawn = draw(step, by_image(step, weights), torch.cat(rows).to(weights))[branch][0]  # [H, R, T]
+        values = asked_blocks.collect(drawn[..., asked.prefix :].unflatten(-1, asked.grid))
+        first = int(class_token_asks(flow, step))
+        found[step.name] = PatchAttention(
+            layer=step.name,
+            values=values[:, first:],
+            class_token=values[:, 0] if first else None,
+            asking=(0, 0) if step.class_only else blocks.grid,
+        )
+
+    watch(model, image, flow.attentions, see)
+    return [found[step.name] for step in flow.attentions]
 
 
 def attention_layers(model: Encoder, image_shape: tuple[int, int] | None = None) -> list[str]:
