@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -125,10 +126,16 @@ def test_a_dry_run_trains_nothing(work_folder: Path, run: Run) -> None:
     ("command", "message"),
     [
         ("trian digits-vit", "unknown verb 'trian': did you mean train"),
-        ("", "required: VERB"),
+        ("data photos --foo 1", "unrecognized arguments: --foo 1; see `vitrail data --help`"),
+        ("data photso", r"no folder and no data set 'photso'; did you mean photos\?$"),
+        ("data docs/images/digit.png", "docs/images/digit.png is a file: expected a folder of images"),
+        ("data runs/demo", "runs/demo is a run folder, not a folder of images"),
+        ("data photos --sheet sheet.txt", "expected a name that ends in .png, got sheet.txt"),
+        ("data photos --sheet none/sheet.png", "--sheet none/sheet.png: no folder none"),
+        ("convert runs/demo out --to tim", "unknown --to 'tim': did you mean timm"),
         ("train digits-vti", "unknown recipe 'digits-vti': did you mean digits-vit"),
-        ("train digits-vit --optim.lrr 1", "unknown option 'optim.lrr': did you mean optim.lr"),
-        ("train digits-vit --modle x", "unknown option 'modle'"),
+        ("train digits-vit --optim.lrr 1", "unknown option --optim.lrr: did you mean --optim.lr"),
+        ("train digits-vit --modle x", "unknown option --modle: did you mean --model"),
         ("train digits-vit --model vit_digit", "unknown model 'vit_digit': did you mean vit_digits"),
         ("train digits-vit --dataset digit", "digit.*did you mean.*digits"),
         ("train digits-vit --optim.lr", "--optim.lr needs a value"),
@@ -150,6 +157,10 @@ def test_a_dry_run_trains_nothing(work_folder: Path, run: Run) -> None:
         ("report nowhere", "no run or model folder"),
         ("models 'swim*'", "no model matches 'swim*': did you mean swin"),
         ("evaluate runs/demo --dataset mnist --root .", "put .*parquet"),
+        (
+            "evaluate runs/demo --dataset photos",
+            r"classes \(0, 1, 2, ...\) are not the 2 of photos \(noise, stripes\)$",
+        ),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(
@@ -163,6 +174,54 @@ def test_mistakes_get_one_line_and_exit_code_2(
     assert said.startswith("vitrail: ")
     assert said.count("\n") == 1
     assert re.search(message.replace("*'", r"\*'"), said)
+
+
+def test_the_version_and_nothing_at_all(run: Run) -> None:
+    assert run("--version") == (0, f"vitrail {version('vitrail')}\n", "")
+    code, shown, said = run("")
+    assert (code, said) == (0, "")
+    assert shown.startswith("usage: vitrail")
+
+
+def test_predict_takes_folders_and_names_what_cannot_be_read(work_folder: Path, run: Run) -> None:
+    folder = work_folder / "mixed"
+    folder.mkdir()
+    for name in ("b.png", "a.PNG"):
+        (folder / name).write_bytes((work_folder / "docs" / "images" / "digit.png").read_bytes())
+    (folder / "notes.txt").write_text("not an image, and not called one")
+    assert [line.split("  ")[0] for line in run("predict runs/demo mixed")[1].splitlines()] == [
+        "mixed/a.PNG",
+        "mixed/b.png",
+    ]
+    (folder / "broken.jpg").write_text("<html>")
+    code, shown, said = run("predict runs/demo mixed missing.png mixed/a.PNG --top 1")
+    assert code == 2
+    assert [line.split("  ")[0] for line in shown.splitlines()] == [
+        "mixed/a.PNG",
+        "mixed/b.png",
+        "mixed/a.PNG",
+    ]
+    assert said == (
+        "vitrail: mixed/broken.jpg: expected an image, got a file of another kind; "
+        "missing.png: no such image file\n"
+    )
+    (work_folder / "hollow").mkdir()
+    assert run("predict runs/demo hollow") == (2, "", "vitrail: hollow: no image files in this folder\n")
+
+
+def test_resuming_a_finished_run_leaves_it_as_it_is(work_folder: Path, run: Run) -> None:
+    folder = work_folder / "runs" / "demo"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, shown, said = run("train --output runs/demo --resume --optim.lr 3e-5")
+    assert code == 0
+    assert shown.startswith("already finished: nothing was trained\ntest accuracy ")
+    assert "without effect on a finished run: optim.lr 3e-05 (it was 0.002)\n" in said
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_an_error_of_the_system_names_the_file(work_folder: Path, run: Run) -> None:
+    (work_folder / "folder.png").mkdir()
+    assert run("data digits --sheet folder.png")[2] == "vitrail: folder.png: Is a directory\n"
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

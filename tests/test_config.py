@@ -50,13 +50,22 @@ def test_values_are_read_as_people_mean_them(text: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"optim.lrr": 1}, "unknown option 'optim.lrr': did you mean optim.lr"),
-        ({"optm.lr": 1}, "unknown option 'optm.lr': did you mean optim.lr"),
-        ({"lr": 1}, "unknown option 'lr'"),
-        ({"optim.lr": "fast"}, "optim.lr: .*number.*got 'fast'"),
+        ({"optim.lrr": 1}, "unknown option --optim.lrr: did you mean --optim.lr or"),
+        ({"optm.lr": 1}, "unknown option --optm.lr: did you mean --optim.lr or"),
+        ({"lr": 1}, r"unknown option --lr: did you mean --optim.lr\?$"),
+        ({"out": 1}, r"unknown option --out: did you mean --output or --train.output\?$"),
+        ({"zzz": 1}, "unknown option --zzz: see vitrail train --help"),
+        ({"optim.lr": "fast"}, "^optim.lr: expected a valid number, got 'fast'$"),
+        (
+            {"optim.name": "adma"},
+            r"^optim.name: expected 'adamw' or 'muon', got 'adma'; did you mean adamw\?$",
+        ),
         ({"optim.lr": -1}, "optim.lr: .*greater than 0"),
         ({"train.duration": "5"}, "train.duration: expected a number with a unit.*got 5"),
-        ({"train.duration": "5 weeks"}, "train.duration: expected a number with a unit"),
+        (
+            {"train.duration": "5 weeks"},
+            r"train.duration: expected a number with a unit \([^)]*\), got '5 weeks'$",
+        ),
         ({"optim.schedule": "cosin"}, "optim.schedule: .*'cosine'"),
         ({"train.batch_size": 0}, "train.batch_size"),
     ],

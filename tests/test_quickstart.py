@@ -564,7 +564,7 @@ def test_another_number_of_classes_in_the_data_is_said(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", depth=1)
     with pytest.raises(ValueError, match="num_classes is 3, and digits has 10 classes"):
         ViTTransferLearning(folder, 3).fine_tune("digits")
-    with pytest.raises(ValueError, match="unknown data set 'digit': did you mean digits"):
+    with pytest.raises(ValueError, match="no folder and no data set 'digit'; did you mean digits"):
         ViTTransferLearning(folder, 3).fine_tune("digit")
 
 

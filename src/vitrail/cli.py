@@ -18,18 +18,6 @@ if TYPE_CHECKING:
     from vitrail.config import DataSection, RunConfig
     from vitrail.datasets import Images
 
-_SHORT = {
-    "model": "model.name",
-    "dataset": "data.name",
-    "epochs": "train.duration",
-    "batch_size": "train.batch_size",
-    "learning_rate": "optim.lr",
-    "seed": "train.seed",
-    "output": "train.output",
-    "resume": "train.resume",
-    "overwrite": "train.overwrite",
-}
-
 _LISTED_WEIGHTS = 24
 """So many sources of weights `vitrail models` lists below its table; of more it only says where they are."""
 
@@ -111,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename:
+            _fail(f"{error.filename}: {error.strerror}")
         _fail(" ".join(str(error).split()))
 
 
@@ -120,7 +110,8 @@ def _run(words: list[str]) -> None:
         description="Build, train, measure and look inside Vision Transformers.",
         epilog="`vitrail VERB --help` tells more. First steps: vitrail train digits-vit",
     )
-    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    parser.add_argument("--version", action="store_true", help="print the version")
+    verbs = parser.add_subparsers(metavar="VERB", parser_class=_Parser)
     train = verbs.add_parser("train", help="train a model, test it, write its report", add_help=False)
     train.set_defaults(act=_train)
     sweep = verbs.add_parser(
@@ -143,10 +134,26 @@ def _run(words: list[str]) -> None:
 
     predict = verbs.add_parser("predict", help="classify image files")
     predict.add_argument("run", metavar="RUN", help="run folder or model folder")
-    predict.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
     predict.add_argument("--top", type=int, default=3, help="how many classes to name (default 3)")
     predict.add_argument("--json", action="store_true", help="print JSON, one object an image")
     predict.set_defaults(act=_predict)
+
+    explain = verbs.add_parser("explain", help="show what a model sees in images, as a page and pictures")
+    explain.add_argument(
+        "model", metavar="MODEL", help="run or model folder, timm:NAME.TAG, a hub repository as owner/name"
+    )
+    explain.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
+    explain.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME",
+        help="again for each; all: every method (default: quick ones)",
+    )
+    explain.add_argument("--target", metavar="CLASS", help="name or number of the class (default: predicted)")
+    explain.add_argument("--output", type=Path, default=Path("explanation"), help="default explanation/")
+    explain.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    explain.set_defaults(act=_explain)
 
     report = verbs.add_parser("report", help="write a run's report again")
     report.add_argument("run", metavar="RUN", help="run folder")
@@ -155,7 +162,13 @@ def _run(words: list[str]) -> None:
     data = verbs.add_parser("data", help="look at a data set before a model is trained on it")
     data.add_argument("dataset", metavar="DATASET", help="a name, a folder of images, or a hub id")
     data.add_argument("--root", type=Path, help="folder with data sets; else VITRAIL_DATA")
-    data.add_argument("--label-column", "--label_column", help="column of the label, where there are several")
+    data.add_argument(
+        "--label-column",
+        "--label_column",
+        "--data.label_column",
+        metavar="NAME",
+        help="column of the label, where there are several",
+    )
     data.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw some images of each class")
     data.add_argument("--json", action="store_true", help="print everything as JSON")
     data.set_defaults(act=_data)
@@ -208,8 +221,17 @@ def _run(words: list[str]) -> None:
     if words and words[0].replace("_", "-") in configured:
         configured[words[0].replace("_", "-")](words[1:])
         return
-    options = parser.parse_args(words)
-    options.act(options)
+    options, rest = parser.parse_known_args(words)
+    if rest:
+        raise ValueError(f"unrecognized arguments: {' '.join(rest)}; see `vitrail {words[0]} --help`")
+    if options.version:
+        from importlib.metadata import version
+
+        print(f"vitrail {version('vitrail')}")
+    elif "act" in options:
+        options.act(options)
+    else:
+        parser.print_help()
 
 
 def _train(words: list[str]) -> None:
@@ -222,6 +244,9 @@ def _train(words: list[str]) -> None:
         return
     dry_run = "--dry-run" in flags or "--dry_run" in flags
     overrides = parse_overrides([flag for flag in flags if flag not in {"--dry-run", "--dry_run"}])
+    if recipe is None and {"train.resume", "train.output"} <= overrides.keys():
+        own = Path(overrides["train.output"]) / "config.yaml"
+        recipe = str(own) if own.is_file() else None
     config = load_config(recipe, overrides)
     folder = config.train.output or Path("runs") / _run_name(config, recipe)
     if dry_run:
@@ -241,7 +266,13 @@ def _train(words: list[str]) -> None:
         raise KeyboardInterrupt(f"{stopped}; go on with: {resume}") from None
     if not is_main():
         return
-    report = write_report(folder, model=result.model, preprocessing=result.preprocessing, test=result.test)
+    report = folder / "report.html"
+    if result.already_finished and report.is_file():
+        print("already finished: nothing was trained")
+    else:
+        report = write_report(
+            folder, model=result.model, preprocessing=result.preprocessing, test=result.test
+        )
     low, high = result.metrics.accuracy_interval
     print(
         f"test accuracy {100 * result.metrics.accuracy:.2f} % "
@@ -369,6 +400,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     Raises:
         ValueError: A word where a flag was expected, or a flag without a value.
     """
+    from vitrail.config import SHORT_KEYS
+
     found: dict[str, str] = {}
     position = 0
     while position < len(words):
@@ -394,7 +427,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
         key = name.replace("-", "_")
         if key == "epochs":
             value = f"{value} epochs"
-        found[_SHORT.get(key, key)] = value
+        found[SHORT_KEYS.get(key, key)] = value
         position += 1
     return found
 
@@ -417,6 +450,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from vitrail.config import DataSection, load_config
     from vitrail.datasets import Preprocessing
+    from vitrail.datasets.items import first_names
     from vitrail.pretrained import load_model
     from vitrail.training import evaluate_and_write
 
@@ -431,8 +465,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     name = test.name
     if test.classes != stored.classes:
         raise ValueError(
-            f"the model's {len(stored.classes)} classes ({', '.join(stored.classes[:3])}, ...) are not the "
-            f"{len(test.classes)} of {name} ({', '.join(test.classes[:3])}, ...)"
+            f"the model's {len(stored.classes)} classes ({first_names(stored.classes)}) are not the "
+            f"{len(test.classes)} of {name} ({first_names(test.classes)})"
         )
     metrics = evaluate_and_write(
         folder,
@@ -478,7 +512,7 @@ def _test_images(data: DataSection, preprocessing: Mapping[str, Any]) -> Images:
 def _predict(options: argparse.Namespace) -> None:
     from vitrail.serving import Predictor
 
-    predictions = Predictor.from_folder(options.run).predict(options.images, top=options.top)
+    predictions, broken = Predictor.from_source(options.run).predict_files(options.images, top=options.top)
     for found in predictions:
         named = list(zip(found.classes, found.probabilities, strict=True))
         if options.json:
@@ -492,6 +526,33 @@ def _predict(options: argparse.Namespace) -> None:
             )
         else:
             print(f"{found.source}  " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in named))
+    if broken:
+        raise ValueError("; ".join(map(str, broken)))
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from vitrail.explain.methods import find_methods
+    from vitrail.reporting.explanation import write_explanation
+    from vitrail.serving import Predictor
+
+    methods = find_methods(options.method)
+    predictor = Predictor.from_source(options.model)
+    found = write_explanation(
+        options.output,
+        options.images,
+        model=predictor.model,
+        preprocessing=predictor.preprocessing,
+        classes=predictor.classes,
+        title=options.model,
+        methods=methods,
+        target=None if options.target is None else predictor.class_number(options.target),
+    )
+    if options.json:
+        print(json.dumps([own.to_dict() for own in found.images], indent=2))
+        return
+    for own in found.images:
+        print(own.table())
+    print(f"page {found.page}")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -519,6 +580,10 @@ def _data(options: argparse.Namespace) -> None:
     from vitrail.datasets.inspect import contact_sheet, inspect_dataset
     from vitrail.files import write_whole
 
+    if options.sheet is not None and options.sheet.suffix.lower() != ".png":
+        raise ValueError(f"--sheet writes a PNG: expected a name that ends in .png, got {options.sheet}")
+    if options.sheet is not None and not options.sheet.parent.is_dir():
+        raise ValueError(f"--sheet {options.sheet}: no folder {options.sheet.parent}")
     parts, ignored = find_items(options.dataset, root=options.root, label_column=options.label_column)
     found = inspect_dataset(parts, ignored)
     print(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
@@ -640,7 +705,9 @@ def _recipes(_options: argparse.Namespace) -> None:
 
 
 def _print_train_help(config: RunConfig) -> None:
-    short = ", ".join(f"--{name}" for name in _SHORT)
+    from vitrail.config import SHORT_KEYS
+
+    short = ", ".join(f"--{name}" for name in SHORT_KEYS)
     print(_TRAIN_HELP.format(short=short), end="")
     for section_name in type(config).model_fields:
         section = getattr(config, section_name)
@@ -666,7 +733,8 @@ class _Parser(argparse.ArgumentParser):
 
             near = difflib.get_close_matches(str(value), list(action.choices), n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(action.choices)}"
-            raise ValueError(f"unknown verb {value!r}: {hint}")
+            what = action.option_strings[0] if action.option_strings else "verb"
+            raise ValueError(f"unknown {what} {value!r}: {hint}")
 
 
 def _quoted(word: str) -> str:

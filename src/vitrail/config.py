@@ -29,6 +29,19 @@ def _duration(text: Any) -> str:
     return text
 
 
+SHORT_KEYS = {
+    "model": "model.name",
+    "dataset": "data.name",
+    "epochs": "train.duration",
+    "batch_size": "train.batch_size",
+    "learning_rate": "optim.lr",
+    "seed": "train.seed",
+    "output": "train.output",
+    "resume": "train.resume",
+    "overwrite": "train.overwrite",
+}
+"""What people expect some options to be called on the command line."""
+
 Duration = Annotated[str, BeforeValidator(_duration)]
 Patterns = Annotated[
     tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
@@ -191,7 +204,7 @@ class TrainSection(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the weights, the order of the images and the augmentation."""
     log_every: Duration = "50 steps"
-    """How often loss, learning rate and gradient norms are written."""
+    """How often loss, learning rate and gradient norms are written; at least twenty times in a short run."""
     eval_every: Duration = "1 epoch"
     """How often the validation split is evaluated."""
     save_every: Duration = "1 epoch"
@@ -325,7 +338,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     section, _, name = key.partition(".")
     if section not in RunConfig.model_fields or not name:
-        raise ValueError(f"unknown option {key!r}: {nearest(key, _keys())}")
+        raise ValueError(_unknown(key))
     branch = tree.setdefault(section, {})
     *parents, leaf = name.split(".")
     for parent in parents:
@@ -342,9 +355,21 @@ def _keys() -> list[str]:
     ]
 
 
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, [*SHORT_KEYS, *_keys()], n=3, cutoff=0.4)
+    meant = f"did you mean {' or '.join(f'--{own}' for own in near)}?" if near else "see vitrail train --help"
+    return f"unknown option --{key}: {meant}"
+
+
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown option {where!r}: {nearest(where, _keys())}"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')} (got {first.get('input')!r})"
+        return _unknown(where)
+    if first["type"] == "value_error":  # our own validators say what came
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    # "Input should be a valid number, unable to parse string as a number"
+    expected = first["msg"].replace("Input should be", "expected").partition(", unable")[0]
+    given, known = first.get("input"), re.findall(r"'(\w+)'", str(first.get("ctx", {}).get("expected", "")))
+    near = difflib.get_close_matches(str(given), known, n=1)
+    return f"{where}: {expected}, got {given!r}" + (f"; did you mean {near[0]}?" if near else "")

@@ -23,6 +23,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError:
+    except OSError as error:
         beside.unlink(missing_ok=True)  # a full disk must not stay full because of half a file
+        error.filename, error.filename2 = str(path), None  # what the caller asked for
         raise

@@ -535,10 +535,7 @@ class AttentionVisualizer:
             )
         maps = {layer: own.values[0].cpu() for layer, own in zip(wanted, found, strict=True)}
         asking = {layer: own.asks for layer, own in zip(wanted, found, strict=True)}
-        mean, std = (
-            torch.tensor(own).view(-1, 1, 1) for own in (self.preprocessing.mean, self.preprocessing.std)
-        )
-        shown = ((pixels[0].cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+        shown = self.preprocessing.denormalise(pixels.cpu())[0]
         return AttentionMaps(maps=maps, image=shown, asking=asking)
 
     def plot_attention_maps(self, attention_maps: AttentionMaps) -> Figure:

@@ -49,6 +49,29 @@ def test_mnist_epoch_without_data_says_what_is_missing(monkeypatch):
         importlib.import_module("mnist_epoch").measure(quick=True)
 
 
+@pytest.mark.skipif(not os.environ.get("VITRAIL_DATA"), reason="needs MNIST: set VITRAIL_DATA")
+def test_planted_evidence(tmp_path):
+    done, path = run(tmp_path, "planted_evidence", "--models", "cct")
+    assert done.returncode == 0, done.stderr
+    (model,) = json.loads(path.read_text())["models"].values()
+    assert len(model["methods"]) == 13
+    assert all(0 <= own["on_digit"] <= 1 for own in model["methods"].values())
+    assert 0.05 < model["area"] < 0.2
+
+
+def test_a_map_of_the_box_peaks_in_the_box(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = importlib.import_module("planted_evidence")
+    digits = torch.zeros(6, 28, 28, dtype=torch.uint8)
+    digits[:, 4:24, 6:22] = 255
+    canvases, boxes = benchmark.plant(digits, torch.zeros_like(digits), torch.Generator().manual_seed(0))
+    for canvas, (top, bottom, left, right) in zip(canvases[:, 0], boxes.tolist(), strict=True):
+        assert (canvas > 0).sum() == 20 * 16 == (canvas[top:bottom, left:right] > 0).sum()
+    assert benchmark.on_digit(canvases[:, 0].float(), boxes).all()
+    assert not benchmark.on_digit(255 - canvases[:, 0].float(), boxes).any()
+
+
 def test_architectures(tmp_path):
     for _ in range(2):  # the second one finds everything measured
         done, path = run(tmp_path, "architectures", "--models", "swin_tiny*")

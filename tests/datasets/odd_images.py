@@ -296,7 +296,7 @@ def odd_images() -> dict[str, Odd]:
         "wide.png": Odd(save(Image.fromarray(tall.T.copy()), "PNG"), three(tall.T)),
         "bomb.png": Odd(huge_png(20_000, 10_000), reason="the image has more than 178,956,970 pixels"),
         "bomb_twice.png": Odd(huge_png(60_000, 60_000), reason="the image has more than 178,956,970 pixels"),
-        "empty.jpg": Odd(b"", reason=other_kind),
+        "empty.jpg": Odd(b"", reason="expected an image, got an empty file"),
         "text.jpg": Odd(b"<html>404 not found</html>", reason=other_kind),
         "zeros.png": Odd(b"\0" * 500, reason=other_kind),
     }

@@ -11,6 +11,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from vitrail.datasets import FileSet, ImageSet, load_dataset, stratified_split
+from vitrail.datasets.folder import find_folder
 
 CLASSES = ("Zebra", "ant", "bee 2", "bee 10")  # capital letters sort first, and 1 before 2
 
@@ -157,7 +158,7 @@ class TestClassFolders:
 
     def test_folders_that_do_not_fit(self, home) -> None:
         (home / "empty").mkdir()
-        assert one_line(home / "empty").startswith(f"{home}/empty: expected class folders, folders train")
+        assert one_line(home / "empty").startswith(f"{home}/empty: expected class folders with images, ")
         assert one_line(home / "empty").endswith("got nothing")
         write_image(home / "flat" / "1.png", 0)
         assert one_line(home / "flat").endswith("got 1 .png")
@@ -166,8 +167,14 @@ class TestClassFolders:
         write_classes(home / "hollow", count=1)
         (home / "hollow" / "cow").mkdir()
         assert one_line(home / "hollow") == (
-            f"{home}/hollow/cow: expected images in each class folder of train, got none"
+            f"{home}/hollow/cow: expected images in this class folder, got none; add some, or remove it"
         )
+        found = find_folder(home / "hollow")
+        assert found.empty == (home / "hollow" / "cow",)
+        assert np.bincount(found.parts["train"].labels, minlength=5).tolist() == [1, 1, 1, 1, 0]
+        (home / "run" / "checkpoints").mkdir(parents=True)
+        (home / "run" / "config.yaml").write_text("data: {name: digits}")
+        assert one_line(home / "run").startswith(f"{home}/run is a run folder, not a folder of images")
         write_classes(home / "twice" / "val", count=1)
         write_classes(home / "twice" / "valid", count=1)
         assert one_line(home / "twice").endswith("expected one folder of val, got val and valid")
@@ -407,7 +414,11 @@ class TestTables:
         assert load_dataset(home, label_column="group").train.classes == ("x",)
         assert one_line(home) == (
             f"{home}/metadata.jsonl: expected a column label or class or target or category for the "
-            "label, got file_name, vendor, group; name it with label_column"
+            "label, got file_name, vendor, group; name it with --data.label_column"
+        )
+        assert one_line(home, label_column="vndor") == (
+            f"{home}/metadata.jsonl: expected a column vndor for the label, got file_name, vendor, group; "
+            "did you mean vendor?"
         )
 
     def test_a_file_that_is_not_there_is_a_broken_image(self, home) -> None:
@@ -510,7 +521,7 @@ class TestParquet:
         self.write(path, png, [0, 1], column="kind")
         assert one_line(home) == (
             f"{path}: expected one label column, got 0 (none) among n, picture, kind; "
-            "choose with label_column"
+            "choose with --data.label_column"
         )
         assert load_dataset(home, label_column="kind").train.classes == ("0", "1")
         assert one_line(home, label_column="sort") == f"{path}: expected a column sort, got n, picture, kind"
@@ -528,7 +539,7 @@ class TestParquet:
 
         assert one_line("some/pets") == (
             "data set some/pets not found: no folder of that name here, not in the hub's local cache, and "
-            "HF_HUB_OFFLINE forbids the hub; did you mean imagenet?"
+            "HF_HUB_OFFLINE forbids the hub"
         )
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
         self.write(home / "snapshot" / "data" / "train-0.parquet", png, [0, 1] * 5, features=self.FEATURES)

@@ -112,6 +112,7 @@ class TestSummary:
     def test_problems(self, summary) -> None:
         assert summary.problems() == [
             "train: 1 image cannot be decoded",
+            "train: fewer than 5 images of bee",
             "1 picture in more than one split",
             "1 picture with more than one class",
         ]
@@ -124,16 +125,27 @@ class TestSummary:
         }
         assert inspect_dataset(parts).problems() == [
             "train: no images of b",
+            "train: fewer than 5 images of a, c",
             "test: no images of b, c",
             "1 picture in more than one split",
         ]
 
     def test_nothing_to_mend(self) -> None:
-        pairs = [(np.asarray(photo(k)), k % 2) for k in range(4)]
+        pairs = [(np.asarray(photo(k)), k % 2) for k in range(10)]
         summary = inspect_dataset({"train": object_items(pairs, name="x")})
         assert summary.problems() == []
         assert summary.doubles == ()
         assert summary.table().endswith("nothing to mend")
+
+    def test_what_cannot_be_learnt(self) -> None:
+        pairs = [(np.asarray(photo(0, 7, 9)), 0), (np.asarray(photo(1, 8, 8)), 0)] * 3
+        summary = inspect_dataset({"train": object_items(pairs, classes=("a",), name="x")})
+        assert summary.splits[0].small == 3
+        assert summary.problems() == [
+            "one class only (a): there is nothing to tell it from",
+            "train: 3 images with a side below 8 pixels",
+            "2 pictures there more than once, which may come into train and test",
+        ]
 
     def test_splits_come_in_their_usual_order(self, folder) -> None:
         parts = find_folder(folder).parts
@@ -166,7 +178,8 @@ class TestTable:
         assert lines[0] == "insects: 12 images, 2 classes"
         rows = {line.split("  ")[0]: line.split() for line in lines}
         assert rows["images"] == ["images", "9", "3"]
-        assert rows["height"][1:] == ["36", "/", "60", "/", "60", "40", "/", "60", "/", "60"]
+        sizes = rows["height (min / median / max)"][6:]
+        assert sizes == ["36", "/", "60", "/", "60", "40", "/", "60", "/", "60"]
         assert rows["broken"] == ["broken", "1", "0"]
         assert rows["ant"] == ["ant", "6", "2"]
         assert "train: ant (6) has 2.0 times the images of bee (3)" in lines
@@ -174,7 +187,24 @@ class TestTable:
         assert f"  {folder}/train/bee/1.png (train, bee)" in lines
         assert f"    = {folder}/test/bee/0.jpg (test, bee)" in lines
         assert "files that are not images, not read: 1 .txt, 1 hidden" in lines
-        assert lines[-4:] == ["to mend:", *(f"  {line}" for line in summary.problems())]
+        assert lines[lines.index("to mend:") :] == ["to mend:", *(f"  {line}" for line in summary.problems())]
+
+    def test_says_how_training_will_divide_it(self) -> None:
+        items = object_items([(np.asarray(photo(k)), k % 2) for k in range(10)], name="x")
+        for splits, told in (
+            (("train",), "20 % of each class are taken for test, and 10 % of train for validation"),
+            (("train", "val"), "val is taken for test, and 10 % of train for validation"),
+            (("train", "test"), "in training, 10 % of train for validation"),
+            (("train", "val", "test"), ""),
+        ):
+            table = inspect_dataset(dict.fromkeys(splits, items)).table()
+            assert told in table
+            assert ("in training" in table) == bool(told)
+
+    def test_tells_balance_from_imbalance(self) -> None:
+        for larger, told in ((14, "train: classes are balanced (10 to 14 images)"), (15, "1.5 times the")):
+            pairs = [(np.asarray(photo(0)), int(k < larger)) for k in range(10 + larger)]
+            assert told in inspect_dataset({"train": object_items(pairs, name="x")}).table()
 
     def test_of_many_classes_shows_the_largest_and_the_smallest(self) -> None:
         pairs = [(np.full((1, 1), k, np.uint8), k) for k in range(100) for _ in range(k + 1)]
@@ -247,6 +277,14 @@ class TestContactSheet:
         cell = sheet[36:56, -12 - 8 * 24 :][:, :20]  # the first of eight places, under the title
         expected = np.kron(pixels, np.ones((10, 10), np.uint8))
         assert (cell == expected[..., None]).all()
+
+    def test_writes_letters_with_marks(self) -> None:
+        names = ("Küste", "Kåste", "Kъste")
+        labels = []
+        for name in names:
+            items = object_items([(np.zeros((4, 4, 3), np.uint8), 0)], classes=[name], name="x")
+            labels.append(self.sheet(items, cell=20)[36:56, :40].tobytes())
+        assert len(set(labels)) == 3
 
     def test_broken_files_are_marked(self, folder) -> None:
         red = (self.sheet(find_folder(folder).parts["train"]) == (255, 0, 0)).all(axis=-1)

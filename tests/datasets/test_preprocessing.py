@@ -203,7 +203,7 @@ def test_files_that_are_no_images(tmp_path) -> None:
         "cut.png": "cannot be decoded",
         "cut.jpg": "cannot be decoded",
         "text.png": "got a file of another kind",
-        "empty.png": "got a file of another kind",
+        "empty.png": "expected an image, got an empty file",
     }.items():
         path = tmp_path / name
         with pytest.raises(ValueError, match=message) as caught:

@@ -199,12 +199,12 @@ def test_light_import_then_absent_and_no_network(tmp_path) -> None:
         check=False,
     )
     assert done.stderr == ""
-    assert "and the hub did not give it (" in done.stdout
+    assert "and the hub cannot be reached; put train" in done.stdout
     assert done.stdout.count("\n") == 1
 
 
 def test_names_that_nobody_knows(tmp_path) -> None:
-    assert one_line("cifar-10").startswith("unknown data set 'cifar-10': did you mean cifar10")
+    assert one_line("cifar-10").startswith("no folder and no data set 'cifar-10'; did you mean cifar10")
     assert "ylecun/mnist" in one_line("lecun/mnist")
     assert one_line("mnist", root=tmp_path / "none") == f"data root: no folder {tmp_path / 'none'}"
 
@@ -273,7 +273,22 @@ def test_a_known_set_keeps_its_size(tmp_path, write_source) -> None:
     assert load_dataset("mnist", root=tmp_path, img_size=224).train.img_size == (28, 28)
 
 
-def test_folders_that_are_not_there(tmp_path) -> None:
+def test_folders_that_are_not_there(tmp_path, monkeypatch) -> None:
     assert one_line(str(tmp_path / "none")) == f"no folder {tmp_path}/none"
     assert one_line("./none/at/all") == "no folder ./none/at/all"
     assert one_line("") == one_line("   ").replace("'   '", "''")
+    (tmp_path / "photos" / "holiday").mkdir(parents=True)
+    (tmp_path / "photos.zip").touch()
+    monkeypatch.chdir(tmp_path)
+    assert one_line("photso") == "no folder and no data set 'photso'; did you mean photos?"
+    assert one_line("photos/holidy") == (
+        "data set photos/holidy not found: no folder of that name here, not in the hub's local cache, and "
+        "HF_HUB_OFFLINE forbids the hub; did you mean photos/holiday?"
+    )
+    assert one_line(str(tmp_path / "photo")) == f"no folder {tmp_path}/photo; did you mean {tmp_path}/photos?"
+    assert one_line("photos.zip").startswith("photos.zip is a file: expected a folder of images")
+    missing = one_line("missing")
+    assert missing.startswith("no folder and no data set 'missing'; the known ones are cifar10, cifar100, ")
+    assert missing.endswith("fashion_mnist, imagenet, mnist")
+    monkeypatch.setenv("VITRAIL_DATA", str(tmp_path / "photos"))
+    assert one_line("holidays") == "no folder and no data set 'holidays'; did you mean holiday?"

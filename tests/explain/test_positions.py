@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitrail.components.position import rotate
-from vitrail.explain import position_similarity
 from vitrail.explain.positions import Positions, read_positions
 from vitrail.models import Encoder, build_model
 
@@ -26,7 +25,7 @@ def tiny(**changes: Any) -> Encoder:
 @pytest.mark.parametrize("position", ["learned", "learned_2d", "sincos_2d"])
 def test_cosine_of_every_pair(position: str) -> None:
     model = tiny(position=position)
-    found = position_similarity(model, (4, 4))
+    found = read_positions(model, (4, 4)).similarity
     table = model.position_table((4, 4))
     assert table is not None
     table = table.detach()
@@ -39,14 +38,7 @@ def test_cosine_of_every_pair(position: str) -> None:
 
 def test_another_grid() -> None:
     model = build_model("vit_digits", depth=1)
-    assert position_similarity(model, (3, 5)).shape == (3, 5, 3, 5)
-
-
-@pytest.mark.parametrize("position", ["none", "relative", "rotary"])
-def test_nothing_added(position: str) -> None:
-    model = build_model("vit_digits", depth=1, position=position)
-    with pytest.raises(ValueError, match="adds no position embedding"):
-        position_similarity(model, (4, 4))
+    assert read_positions(model, (3, 5)).similarity.shape == (3, 5, 3, 5)
 
 
 @pytest.mark.parametrize("position", ADDED)

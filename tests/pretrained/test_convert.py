@@ -122,6 +122,9 @@ def test_heads_for_other_classes_are_fresh_and_the_rest_is_bit_identical(tmp_pat
         assert report.fresh, kind
         assert all(key.startswith(model.head_names) for key in report.fresh), kind
         assert set(report.ignored) == set(report.fresh)
+        assert report.text().count("head.weight") <= 1, kind
+        assert "left out" not in report.text(), kind
+        assert "(the source has a head for other classes)" in report.text(), kind
         own = stored.model.state_dict()
         for key, tensor in model.state_dict().items():
             assert key in report.fresh or torch.equal(tensor, own[key]), key

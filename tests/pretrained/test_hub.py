@@ -153,7 +153,12 @@ def test_what_the_hub_gave_before_is_used_without_network(run_folder: Path, hub_
     [
         ("vit_base_patch16_224", "vit_base_patch16_224 is an architecture, and its weights are not at hand"),
         ("vit_base", "is an architecture"),
-        ("me/digits", "no folder me/digits here, and the hub did not give it .*offline|disabled"),
+        (
+            "me/digits",
+            "^no folder me/digits here, it is not in the hub's local cache, and the hub cannot be reached; "
+            "where there is a network, `vitrail download me/digits` fetches it$",
+        ),
+        ("timm:vit_tiny_patch16_224.own", "^timm:vit_tiny_patch16_224.own is not here, it is not in the hub"),
         ("digits", "no run or model folder digits"),
         ("runs/a/model", "no run or model folder runs/a/model"),
     ],

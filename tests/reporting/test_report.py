@@ -188,7 +188,7 @@ def test_bare_run_says_what_is_missing_and_replaces_old_pictures(tmp_path: Path)
     assert [own.name for own in (tmp_path / "figures").iterdir()] == ["attention.png"]
     assert "has logged no training step" in text
     assert "has no test results" in text
-    assert "position" in text
+    assert "is not told where a patch is" in text
     assert "has no manifest" in text
     assert page.count("<img") == 1
 

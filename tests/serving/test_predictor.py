@@ -25,7 +25,7 @@ def predictor(tmp_path: Path) -> Predictor:
         classes=tuple("0123456789"),
         preprocessing=preprocessing.to_dict(),
     )
-    return Predictor.from_folder(tmp_path / "model")
+    return Predictor.from_source(tmp_path / "model")
 
 
 def test_files_and_pictures_of_every_kind(predictor: Predictor, tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def test_frozen_parameters_are_left_out_and_frozen_parts_evaluate() -> None:
         "head.bias",
     ]
     with pytest.raises(
-        ValueError, match=r"no parameter matches 'block.0.*'; the model's layers are blocks.0,"
+        ValueError,
+        match=r"no parameter matches 'block\.0\.\*'; did you mean blocks\.0\.\*\? "
+        r"the model's layers are blocks\.0\.\*,.* cls_token,",
     ):
         freeze(build_model("vit_mnist_2blk"), ["block.0.*"])
     with pytest.raises(ValueError, match="leaves nothing to train"):

@@ -31,7 +31,7 @@ def test_shares_add_up_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.M
     assert list(found.shares) == list(PARTS)
     assert sum(found.shares.values()) == pytest.approx(100, abs=1e-6)
     assert all(share > 0 for share in found.shares.values())
-    assert (found.device, found.precision, found.batch_size, found.busy) == ("cpu", "no", 32, None)
+    assert (found.device, found.precision, found.batch_size, found.busy) == ("cpu", "fp32", 32, None)
     assert found.images_per_second == pytest.approx(32_000 / found.milliseconds)
     assert list(tmp_path.iterdir()) == []
     stored = json.loads(json.dumps(found.to_dict()))
@@ -101,8 +101,8 @@ def _profile(**changes: Any) -> TrainingProfile:
     shares["forward"] = 100 - sum(shares.values())
     operator = Operator(name="mm", calls=10, milliseconds=1.0, share=100.0)
     defaults: dict[str, Any] = {
-        "device": "cpu", "precision": "no", "batch_size": 32, "milliseconds": 20.0, "operators": (operator,),
-        "operator_us": 100.0, "busy": None,
+        "device": "cpu", "precision": "fp32", "batch_size": 32, "milliseconds": 20.0,
+        "operators": (operator,), "operator_us": 100.0, "busy": None,
     }  # fmt: skip
     return TrainingProfile(**(defaults | changes | {"shares": shares}))
 
@@ -117,7 +117,11 @@ def _profile(**changes: Any) -> TrainingProfile:
         ({"shares": {"optimiser": 20.0, "average": 11.0}}, "31 %", "larger --train.batch_size"),
         ({"operator_us": 8.0}, "8 microseconds", "--train.compile true"),
         ({"device": "cuda:0", "precision": "bf16", "busy": 30.0}, "computes 30 %", "--train.compile true"),
-        ({"device": "cuda:0", "precision": "no", "busy": 90.0}, "float32 on a GPU", "--train.precision bf16"),
+        (
+            {"device": "cuda:0", "precision": "fp32", "busy": 90.0},
+            "float32 on a GPU",
+            "--train.precision bf16",
+        ),
         ({}, "100 %", "only a smaller model"),
         ({"shares": {"data": 20.0, "augmentation": 30.0, "clip": 10.0, "logging": 5.0}}, "35 %", "only a"),
     ],

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from vitrail.config import RunConfig, list_recipes, load_config
@@ -15,6 +19,7 @@ from vitrail.training import estimate, prepare, train, training_batches
 from vitrail.training import loop as training_loop
 from vitrail.training.average import MovingAverage
 from vitrail.training.checkpoint import TrainingState
+from vitrail.training.setup import make_plan
 
 TINY = {
     "model.depth": 1,
@@ -58,7 +63,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     }  # fmt: skip
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     train_records = [record for record in records if record["kind"] == "train"]
-    assert [record["step"] for record in train_records] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert [record["step"] for record in train_records] == list(range(1, 16))
     assert [record["step"] for record in records if record["kind"] == "val"] == [5, 10, 15]
     assert all(math.isfinite(record["loss"]) and record["images_per_second"] > 0 for record in train_records)
     assert train_records[-1]["grad_norms"]["blocks.0"] > 0
@@ -128,6 +133,100 @@ def test_resuming_needs_a_checkpoint_that_fits(finished: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match="belongs to another model"):
         train(_config(train__resume=True, model__depth=2), finished, command="")
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    result = train(_config(train__resume=True, optim__lr=0.5), finished, command="")
+    assert result.already_finished
+    assert result.metrics.accuracy == json.loads((finished / "manifest.json").read_text())["test_accuracy"]
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert "without effect on a finished run: optim.lr 0.5 (it was 0.002)\n" in capsys.readouterr().err
+    # What was killed between its last checkpoint and its test is tested; what is to run longer goes on.
+    own = shutil.copytree(finished, tmp_path / "own")
+    (own / "manifest.json").unlink()
+    assert not train(_config(train__resume=True), own, command="").already_finished
+    assert _same(own, finished)
+    capsys.readouterr()
+    longer = _config(train__resume=True, train__duration="4 epochs")
+    assert not train(longer, own, command="").already_finished
+    assert "goes on after step 15 with: train.duration 4 epochs (it was 3 epochs)" in capsys.readouterr().err
+    assert json.loads((own / "manifest.json").read_text())["steps"] == 20
+
+
+def test_a_run_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(_config(), tmp_path / "run", command="")
+    first, *said = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"vit_digits, [\d,]+ parameters, on digits \(1,293 train, 145 val, 359 test images\); cpu; "
+        f"into {tmp_path}/run",
+        first,
+    )
+    evaluations = [line for line in said if "val loss" in line]
+    assert len(evaluations) == 3
+    assert all(re.search(r"  loss \d\.\d{4}  val loss \d", line) for line in evaluations)
+
+
+def _write_pictures(folder: Path, classes: int, count: int, side: int, *, red: int | None = None) -> None:
+    random = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for number in range(count):
+            pixels = random.integers(0, 256, (side, side + 10, 3), dtype=np.uint8)
+            if red is not None:
+                pixels[..., 0] = red
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{number}.png")
+
+
+def test_what_surprises_in_a_folder_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # One channel has one value everywhere: its standard deviation is 0.
+    _write_pictures(tmp_path / "photos", 2, 10, 40, red=100)
+    (tmp_path / "photos" / "class0" / "cut.png").write_bytes(b"")
+    folder = {"data__name": str(tmp_path / "photos"), "data__broken": "skip", "train__duration": "3 steps"}
+    result = train(_config(**folder), tmp_path / "run", command="")
+    assert result.preprocessing.std[0] == 1.0
+    assert result.preprocessing.std[1] == pytest.approx(0.1, abs=0.1)
+    said = capsys.readouterr().err
+    assert f"1 broken image is left out ({tmp_path}/photos/class0/cut.png: expected an image, got an" in said
+    assert (
+        "\npictures of about 40 pixels are seen at 8 x 8: choose a larger model or --model.img_size\n" in said
+    )
+    train(_config(**folder, model__img_size=10), tmp_path / "larger", command="")
+    assert "are seen at" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "message"),
+    [
+        (1, 10, r"photos has one class only \(class0\)"),
+        (2, 1, "photos has too few images: 2 for training and none to test with; expected 5 or more of each"),
+    ],
+)
+def test_data_that_cannot_be_learnt_are_refused(
+    classes: int, count: int, message: str, tmp_path: Path
+) -> None:
+    _write_pictures(tmp_path / "photos", classes, count, 12)
+    with pytest.raises(ValueError, match=message):
+        train(_config(data__name=str(tmp_path / "photos")), tmp_path / "run", command="")
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_images_a_class_train_without_validation(tmp_path: Path) -> None:
+    _write_pictures(tmp_path / "photos", 2, 2, 12)
+    run = prepare(_config(data__name=str(tmp_path / "photos")))
+    assert (len(run.splits.train), run.splits.val, len(run.splits.test)) == (2, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("duration", "log_every", "expected"),
+    [("10 steps", "50 steps", 1), ("200 steps", "50 steps", 10), ("1000 steps", "50 steps", 50),
+     ("5000 steps", "50 steps", 50), ("200 steps", "3 steps", 3)],
+)  # fmt: skip
+def test_a_short_run_has_twenty_records(duration: str, log_every: str, expected: int) -> None:
+    section = load_config(None, {"train.duration": duration, "train.log_every": log_every}).train
+    assert make_plan(section, 1_000).log_every == expected
 
 
 def test_a_full_folder_is_not_touched(finished: Path, tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ class Found:
     """The items of each split: train, and perhaps val and test."""
     ignored: Counter[str]
     """Number of files not taken for images, by extension, and of hidden ones ("hidden")."""
+    empty: tuple[Path, ...] = ()
+    """The class folders of train without an image."""
 
 
 def find_folder(folder: Path, *, label_column: str | None = None) -> Found:
@@ -60,10 +62,16 @@ def find_folder(folder: Path, *, label_column: str | None = None) -> Found:
     Raises:
         ValueError: No layout fits, a table is damaged, or a class of val or test is not in train.
     """
+    if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"{folder} is a run folder, not a folder of images; data.name in its config.yaml is what it was "
+            "trained on"
+        )
     name = folder.resolve().name or "images"
     ignored: Counter[str] = Counter()
     splits = split_folders(folder)
     tables = list(find_tables(folder).items())
+    empty: tuple[Path, ...] = ()
     if not tables:
         inner = {split: find_tables(path) for split, path in splits.items()}
         tables = [(split, table) for split, found in inner.items() for table in found.values()]
@@ -81,8 +89,11 @@ def find_folder(folder: Path, *, label_column: str | None = None) -> Found:
         places = splits or {"train": folder}
         rows = {split: labelled_files(path, ignored) for split, path in places.items()}
         classes = class_folders(places["train"])
-        _check_classes(places["train"], classes, rows["train"], ignored)
-    return Found(parts=make_items(rows, classes, name), ignored=ignored)
+        if not rows["train"]:
+            raise ValueError(_no_layout(places["train"], ignored))
+        with_images = {label for _, label in rows["train"]}
+        empty = tuple(places["train"] / label for label in classes if label not in with_images)
+    return Found(parts=make_items(rows, classes, name), ignored=ignored, empty=empty)
 
 
 def make_items(rows: dict[str, list[Labelled]], classes: tuple[str, ...], name: str) -> dict[str, Items]:
@@ -181,15 +192,10 @@ def _check_train(folder: Path, splits: list[str]) -> None:
         raise ValueError(f"{folder}: expected a split train beside {' and '.join(splits)}, got none")
 
 
-def _check_classes(
-    folder: Path, classes: tuple[str, ...], rows: list[Labelled], ignored: Counter[str]
-) -> None:
-    if not classes:
-        inside = ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common(3))
-        raise ValueError(
-            f"{folder}: expected class folders, folders train and test, train-*.parquet, or a table "
-            f"labels.csv or metadata.jsonl (with a column {' or '.join(LABEL_COLUMNS)}), got "
-            f"{inside or 'nothing'}"
-        )
-    if empty := sorted(set(classes) - {label for _, label in rows}):
-        raise ValueError(f"{folder / empty[0]}: expected images in each class folder of train, got none")
+def _no_layout(folder: Path, ignored: Counter[str]) -> str:
+    inside = ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common(3))
+    return (
+        f"{folder}: expected class folders with images, folders train and test, train-*.parquet, or a table "
+        f"labels.csv or metadata.jsonl (with a column {' or '.join(LABEL_COLUMNS)}), got "
+        f"{inside or 'nothing'}"
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def hub_files(hub_id: str, splits: Sequence[str] = ()) -> tuple[Files | None, st
     """The files in the hub's local cache, else downloaded; or the reason why there are none."""
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     def snapshot(local_only: bool) -> Path:
         return Path(
@@ -86,11 +87,23 @@ def hub_files(hub_id: str, splits: Sequence[str] = ()) -> tuple[Files | None, st
     try:
         # One short question first: the download itself waits long and tries often where nothing answers.
         huggingface_hub.HfApi().dataset_info(hub_id, timeout=_CONNECT_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        return None, "the hub has no public data set of that name"
+    except HfHubHTTPError as error:
+        return None, _refused(error)
+    except Exception:
+        # The library lets errors of its HTTP client through, whose kind changed from version to version.
+        return None, "the hub cannot be reached"
+    try:
         downloaded = snapshot(False)
     except Exception as error:
-        # The library lets errors of its HTTP client through, whose kind changed from version to version.
-        return None, f"the hub did not give it ({' '.join(str(error).split())[:120]})"
+        return None, _refused(error)
     return parquet_files(downloaded, splits), "the hub has no such files"
+
+
+def _refused(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"the hub did not give it ({textwrap.shorten(first, 120, placeholder=' ...')})"
 
 
 def parquet_items(files: Files, name: str, *, label_column: str | None = None) -> dict[str, Items]:
@@ -163,7 +176,7 @@ def _label_column(path: Path, schema: Any, features: dict[str, dict[str, Any]]) 
     found = [name for name, kind in features.items() if kind.get("_type") == "ClassLabel"] or [
         name for name in schema.names if name.lower() in LABEL_COLUMNS
     ]
-    return _only(path, found, schema.names, "label column", "; choose with label_column")
+    return _only(path, found, schema.names, "label column", "; choose with --data.label_column")
 
 
 def _only(path: Path, found: list[str], names: list[str], what: str, todo: str = "") -> str:

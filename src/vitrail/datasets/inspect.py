@@ -16,6 +16,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vitrail.datasets.items import Items
 from vitrail.datasets.scan import decoded
+from vitrail.datasets.splits import how_divided
 from vitrail.datasets.transforms import BrokenImageError, convert, fit, is_grey, open_upright
 
 _SPLITS = ("train", "val", "test")
@@ -33,6 +35,11 @@ _DIRECTIONS = 12
 _SAMPLE = 5_000
 _LISTED = 10
 _ALL_CLASSES = 40
+_FEW = 5
+"""Of fewer images of a class, one is taken for test, one for validation, and hardly any is left to learn."""
+_SMALL = 8
+"""A picture with a side of fewer pixels than this is hardly one; those of scikit-learn's digits have 8."""
+_UNBALANCED = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,8 @@ class SplitSummary:
     """Smallest, median and largest, in pixels."""
     sizes: int
     """Number of different sizes."""
+    small: int
+    """Number of images with a side below 8 pixels."""
     modes: Mapping[str, int]
     """Number of images of each of Pillow's modes (L grey, RGB, P palette, ...), the most frequent first."""
     mean: tuple[float, ...]
@@ -93,11 +102,22 @@ class DatasetSummary:
     def problems(self) -> list[str]:
         """What should be mended before training, a line each; nothing of this is a matter of taste."""
         found = []
+        if len(self.classes) == 1:
+            found.append(f"one class only ({self.classes[0]}): there is nothing to tell it from")
         for part in self.splits:
             if part.broken:
                 found.append(f"{part.split}: {_count(len(part.broken), 'image')} cannot be decoded")
+            if part.small:
+                found.append(f"{part.split}: {_count(part.small, 'image')} with a side below {_SMALL} pixels")
             if empty := [name for name, n in zip(self.classes, part.counts, strict=True) if n == 0]:
                 found.append(f"{part.split}: no images of {_some(empty)}")
+            few = [name for name, n in zip(self.classes, part.counts, strict=True) if 0 < n < _FEW]
+            if part.split == "train" and few:
+                found.append(f"train: fewer than {_FEW} images of {_some(few)}")
+        if len(self.splits) == 1 and (repeated := self.doubles_in("train")):
+            found.append(
+                f"{_count(len(repeated), 'picture')} there more than once, which may come into train and test"
+            )
         if between := self.doubles_between():
             found.append(f"{_count(len(between), 'picture')} in more than one split")
         if mixed := [same for same in self.doubles if len(set(same.classes)) > 1]:
@@ -118,6 +138,7 @@ class DatasetSummary:
             _aligned(self._fact_rows()),
             _aligned(self._class_rows()),
             "\n".join(self._balance()),
+            how_divided([part.split for part in self.splits]),
             "\n".join(_broken_lines(self.splits)),
             "\n".join(_double_lines(self.doubles)),
             f"files that are not images, not read: {ignored}" if ignored else "",
@@ -130,8 +151,8 @@ class DatasetSummary:
         return [
             ["", *(part.split for part in parts)],
             ["images", *(f"{part.images:,}" for part in parts)],
-            ["height", *(_range(part.heights) for part in parts)],
-            ["width", *(_range(part.widths) for part in parts)],
+            ["height (min / median / max)", *(_range(part.heights) for part in parts)],
+            ["width (min / median / max)", *(_range(part.widths) for part in parts)],
             ["different sizes", *(f"{part.sizes:,}" for part in parts)],
             ["modes", *(", ".join(f"{mode} {n:,}" for mode, n in part.modes.items()) for part in parts)],
             ["mean", *(_numbers(part.mean) for part in parts)],
@@ -159,6 +180,8 @@ class DatasetSummary:
             largest, smallest = part.counts[most], part.counts[least]
             if smallest == largest:
                 lines.append(f"{part.split}: every class has {_count(largest, 'image')}")
+            elif smallest and largest < _UNBALANCED * smallest:
+                lines.append(f"{part.split}: classes are balanced ({smallest:,} to {largest:,} images)")
             elif smallest:
                 lines.append(
                     f"{part.split}: {self.classes[most]} ({largest:,}) has {largest / smallest:.1f} times "
@@ -233,6 +256,7 @@ def _summary(split: str, items: Items, looks: Sequence[_Look | BrokenImageError]
         heights=_spread(sizes[:, 0]),
         widths=_spread(sizes[:, 1]),
         sizes=len({look.size for look in whole}),
+        small=sum(min(look.size) < _SMALL for look in whole),
         modes=dict(Counter(look.mode for look in whole).most_common()),
         mean=tuple(mean.tolist()),
         std=tuple(np.sqrt(np.maximum(square - mean**2, 0.0)).tolist()),
@@ -324,7 +348,7 @@ def contact_sheet(
     """
     count = len(items.classes)
     shown = np.unique(np.linspace(0, count - 1, min(classes, count)).round().astype(int))
-    gap, margin, font = 4, 12, ImageFont.load_default(14)
+    gap, margin, font = 4, 12, ImageFont.truetype(_font(), 13)
     names = [_shortened(items.classes[k]) for k in shown]
     column = int(max((font.getlength(name) for name in names), default=0)) + 2 * margin
     title = (
@@ -358,6 +382,13 @@ def _cell(encoded: bytes | Image.Image, source: str, cell: int) -> Image.Image:
     # Small images are shown with their pixels as squares, not blurred.
     small = max(picture.size) < cell
     return fit(picture, (cell, cell), interpolation="nearest" if small else "bicubic")
+
+
+def _font() -> Path:
+    """A font with the letters of most scripts, which Pillow's own lacks; matplotlib brings it along."""
+    import matplotlib
+
+    return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def _shortened(name: str, most: int = 24) -> str:

@@ -190,8 +190,13 @@ def not_a_class(where: str, name: str, split: str, classes: tuple[str, ...]) -> 
     """What to say of a class that the training images do not have."""
     return (
         f"{where}: class {name!r} of {split} is not among the {len(classes)} of train "
-        f"({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
+        f"({first_names(classes)})"
     )
+
+
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """Names for a message, with dots where there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def file_stamp(path: bytes) -> bytes:

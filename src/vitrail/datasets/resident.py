@@ -204,6 +204,20 @@ def first_size(items: Items) -> tuple[int, tuple[int, int]] | None:
     return None
 
 
+def median_size(items: Items, most: int = 100) -> tuple[int, int] | None:
+    """Median height and width, upright, of some images, evenly over all; None where no header is whole."""
+    sizes = []
+    for index in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).astype(int)):
+        try:
+            sizes.append(upright_size(_header(items, int(index))))
+        except BrokenImageError:
+            continue
+    if not sizes:
+        return None
+    height, width = np.median(sizes, axis=0).tolist()
+    return round(height), round(width)
+
+
 def _channels(items: Items) -> int:
     """3 where an image has colours; only headers are read, and in most sets that of the first image."""
     for index in range(len(items)):

@@ -6,22 +6,23 @@ memory, where they fit into a quarter of it, and else file sets, decoded when th
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from vitrail.config import nearest
+from vitrail.config import DataSection
 from vitrail.datasets.file_set import FileSet, Images
 from vitrail.datasets.folder import find_folder
 from vitrail.datasets.hub import hub_files, parquet_files, parquet_items
 from vitrail.datasets.imagenet import MEAN, STD, find_imagenet
 from vitrail.datasets.images import ImageSet, stratified_split
-from vitrail.datasets.items import Items
+from vitrail.datasets.items import FileItems, Items
 from vitrail.datasets.objects import object_items
 from vitrail.datasets.packed import pack
 from vitrail.datasets.parquet import ParquetItems
@@ -33,6 +34,7 @@ from vitrail.datasets.resident import (
     check_broken,
     first_size,
     load_resident,
+    median_size,
 )
 from vitrail.datasets.scan import scan
 from vitrail.datasets.sources import SOURCES, Source, data_roots, find_source, locate
@@ -59,6 +61,9 @@ class Splits:
     """Sources of the images left out because they are broken, with the reasons."""
     ignored: Mapping[str, int] = field(default_factory=dict)
     """Number of files in the folder that were not taken for images, by extension, and of hidden ones."""
+    original_size: tuple[int, int] | None = None
+    """Median height and width of some training images as they lie in files, before they were made one size;
+    None where they were not, or do not lie in files."""
 
     @staticmethod
     def from_datasets(
@@ -178,7 +183,12 @@ def load_dataset(
     if source is not None:
         found = _find_known(source, root, in_chans)
         return _splits(found, shares, "memory" if storage == "auto" else storage, broken)
-    return _splits(_find(str(name), root, geometry, label_column), shares, storage, broken)
+    found = _find(str(name), root, geometry, label_column)
+    if found.empty:
+        raise ValueError(
+            f"{found.empty[0]}: expected images in this class folder, got none; add some, or remove it"
+        )
+    return _splits(found, shares, storage, broken)
 
 
 def find_items(
@@ -198,7 +208,7 @@ def find_items(
         The items of each split that the source has, and the number of other files by extension.
 
     Raises:
-        ValueError: As `load_dataset`, as far as names and files are concerned.
+        ValueError: As `load_dataset`, as far as names and files are concerned; but a class may be empty.
     """
     source = find_source(str(name))
     if source is not None and source.hub_id is None:
@@ -278,6 +288,8 @@ class _Found:
     known: Mapping[int, Statistics] = field(default_factory=dict)
     """Mean and standard deviation that need not be computed, by number of channels."""
     ignored: Mapping[str, int] = field(default_factory=dict)
+    empty: tuple[Path, ...] = ()
+    """Class folders of train without images."""
 
 
 def _geometry(img_size: int | tuple[int, int] | None, in_chans: int | None) -> Geometry:
@@ -334,27 +346,62 @@ def _find(
             label = folder.resolve().name
             return _Found(parts=parquet_items(files, label, label_column=label_column), geometry=geometry)
         found = find_folder(folder, label_column=label_column)
-        return _Found(parts=found.parts, geometry=geometry, ignored=found.ignored)
-    known = [*list_datasets(), *(source.hub_id for source in SOURCES.values() if source.hub_id)]
+        return _Found(parts=found.parts, geometry=geometry, ignored=found.ignored, empty=found.empty)
+    if name and Path(name).expanduser().is_file():
+        raise ValueError(f"{name} is a file: expected a folder of images, or the name of a data set")
+    beside = _folders_beside(name, roots)
     if not _HUB_ID.fullmatch(name):
         if os.sep in name:
-            raise ValueError(f"no folder {name}")
-        raise ValueError(f"unknown data set {name!r}: {nearest(name, known)}")
+            raise ValueError(f"no folder {name}{_meant(name, beside)}")
+        known = list_datasets()
+        meant = _meant(name, {*known, *beside}) or f"; the known ones are {', '.join(known)}"
+        raise ValueError(f"no folder and no data set {name!r}{meant}")
     files, reason = hub_files(name)
     if not files:
         places = " or in ".join(["here", *map(str, roots)])
         raise ValueError(
             f"data set {name} not found: no folder of that name {places}, not in the hub's local cache, and "
-            f"{reason}; {nearest(name, known)}"
+            f"{reason}{_meant(name, {*beside, *(str(own.hub_id) for own in SOURCES.values())})}"
         )
     return _Found(parts=parquet_items(files, name, label_column=label_column), geometry=geometry)
+
+
+def _folders_beside(name: str, roots: Iterable[Path]) -> set[str]:
+    """The folders where one was looked for, written as the name is."""
+    own = Path(name).expanduser()
+    parents = [(place / own).parent for place in (Path(), *roots)]
+    return {str(own.parent / path.name) for parent in parents for path in parent.glob("[!.]*/")}
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    """The end of a message that names what a mistyped name may have meant; empty where nothing is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _splits(found: _Found, shares: _Shares, storage: Storage, broken: Broken) -> Splits:
     sets, skipped = _sets(replace(found, parts=_with_test(found.parts)), storage, broken)
     if "train" not in sets:
         sets["train"] = sets["test"].subset([], split="train")
-    return replace(_held_out(sets, shares), skipped=skipped, ignored=found.ignored)
+    train = found.parts.get("train")
+    original_size = median_size(train) if found.geometry.resize and isinstance(train, FileItems) else None
+    return replace(
+        _held_out(sets, shares), skipped=skipped, ignored=found.ignored, original_size=original_size
+    )
+
+
+def how_divided(splits: Collection[str]) -> str:
+    """What `load_dataset` makes of a source's splits, for people; empty where it takes them as they are."""
+    if "train" not in splits or {"val", "test"} <= set(splits):
+        return ""
+    if "test" in splits:
+        test = ""
+    elif "val" in splits:
+        test = "val is taken for test, and "
+    else:
+        test = f"{100 * _TEST_FRACTION:.0f} % of each class are taken for test, and "
+    share = 100 * DataSection.model_fields["val_fraction"].default
+    return f"in training, {test}{share:.0f} % of train for validation (--data.val_fraction)"
 
 
 def _with_test(parts: dict[str, Items]) -> dict[str, Items]:
@@ -374,7 +421,8 @@ def _held_out(sets: Mapping[str, Images], shares: _Shares) -> Splits:
     train, val = sets["train"], sets.get("val")
     if val is None and shares.val_fraction > 0.0:
         rest, held_out = stratified_split(train.labels, shares.val_fraction, shares.split_seed)
-        train, val = train.subset(rest), train.subset(held_out, split="val")
+        if len(held_out):  # a class of one image gives none
+            train, val = train.subset(rest), train.subset(held_out, split="val")
     if shares.train_fraction < 1.0:
         used, _ = stratified_split(train.labels, 1.0 - shares.train_fraction, shares.split_seed)
         train = train.subset(used)

@@ -9,6 +9,7 @@ file is `file_name`, `filename`, `image` or `path`, the label is `label`, `class
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -138,9 +139,11 @@ def _records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _column(table: Path, columns: dict[str, str], names: tuple[str, ...], what: str) -> str:
     found = [columns[name] for name in names if name in columns]
     if not found:
+        near = difflib.get_close_matches(names[0], columns, n=1) if len(names) == 1 else []
+        todo = "; name it with --data.label_column" if what == "the label" else ""
         raise ValueError(
             f"{table}: expected a column {' or '.join(names)} for {what}, got {', '.join(columns)}"
-            f"{'; name it with label_column' if what == 'the label' else ''}"
+            f"{f'; did you mean {near[0]}?' if near else todo}"
         )
     return found[0]
 

@@ -172,6 +172,11 @@ class Preprocessing:
         # In place on the copy: twice as fast on a CPU as one fused addcmul with its broadcasting.
         return images.to(torch.float32, copy=True).mul_(scale).add_(shift)
 
+    def denormalise(self, images: Tensor) -> Tensor:
+        """What a model saw, to be looked at: normalised [B, C, H, W] -> uint8."""
+        mean, std = (torch.tensor(own, device=images.device).view(-1, 1, 1) for own in (self.mean, self.std))
+        return ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+
     def resize(self, images: Tensor) -> Tensor:
         """Resize to `img_size`, whatever the proportions.
 
@@ -370,6 +375,8 @@ def _open(source: bytes | str | PathLike[str], name: str) -> Image.Image:
     if isinstance(source, str | PathLike):
         # Pillow keeps the files of animations open, so it never gets a file.
         source = read_file(Path(source), name)
+    if not source:
+        raise BrokenImageError(name, "expected an image, got an empty file")
     picture = Image.open(io.BytesIO(source))
     if picture.width * picture.height > MAX_PIXELS:
         raise Image.DecompressionBombError

@@ -1,14 +1,24 @@
-"""Looking into a model: what it attends to, what it learnt about positions, and how to draw it."""
+"""Looking into a model: what it attends to, what its answer rests on, what its heads and features hold."""
 
 from vitrail.explain.attention import AttentionMap, attention_layers, attention_maps, keep_mass
+from vitrail.explain.heads import head_importance, head_statistics
 from vitrail.explain.health import attention_collapse
-from vitrail.explain.positions import position_similarity
+from vitrail.explain.methods import METHODS
+from vitrail.explain.positions import read_positions
+from vitrail.explain.rollout import attention_flow, attention_rollout, gradient_rollout, relevance
 
 __all__ = [
+    "METHODS",
     "AttentionMap",
     "attention_collapse",
+    "attention_flow",
     "attention_layers",
     "attention_maps",
+    "attention_rollout",
+    "gradient_rollout",
+    "head_importance",
+    "head_statistics",
     "keep_mass",
-    "position_similarity",
+    "read_positions",
+    "relevance",
 ]

@@ -16,7 +16,9 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 WIDTH = 5.6
@@ -128,6 +130,41 @@ def image_grid(
     return figure
 
 
+@styled
+def explanation_figure(image: Tensor, values: Tensor, *, signed: bool) -> Figure:
+    """An image, and the same in grey below a map, with the scale of the map.
+
+    Args:
+        image: uint8 [C, H, W].
+        values: [rows, columns], of patches or pixels; shown without smoothing.
+        signed: Values below zero count against: blue against, red for. Else from zero up.
+    """
+    height = 0.46 * WIDTH * min(max(image.shape[1] / image.shape[2], 0.4), 2.0)
+    figure = Figure(figsize=(WIDTH, height + 0.25))
+    left, right = figure.subplots(1, 2)
+    pixels = image.permute(1, 2, 0).numpy()  # [H, W, C]
+    left.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
+    right.imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=255)
+    numbers = values.float().numpy()
+    top = max(float(np.abs(numbers).max() if signed else numbers.max()), 1e-12)
+    picture = right.imshow(
+        numbers,
+        cmap="RdBu_r" if signed else "inferno",
+        vmin=-top if signed else 0.0,
+        vmax=top,
+        alpha=0.65,
+        interpolation="nearest",
+        extent=(-0.5, pixels.shape[1] - 0.5, pixels.shape[0] - 0.5, -0.5),
+    )
+    for axes in (left, right):
+        axes.set_axis_off()
+    # Without the map's transparency, so that colours are those of the legend on white ground.
+    scale = ScalarMappable(picture.norm, picture.cmap)
+    bar = figure.colorbar(scale, ax=right, shrink=0.85, aspect=25, pad=0.03, ticks=MaxNLocator(4))
+    bar.outline.set_visible(False)
+    return figure
+
+
 def _draw_image(
     axes: Axes, image: Tensor, heat: Tensor | None, extent: tuple[float, float, float, float]
 ) -> None:
@@ -148,7 +185,7 @@ def similarity_grid(similarity: Tensor, most: int = 8) -> Figure:
     """A map for each patch: how similar the position of every patch is to its own.
 
     Args:
-        similarity: [rows, columns, rows, columns], -1 to 1, from `position_similarity`.
+        similarity: [rows, columns, rows, columns], -1 to 1, from `Positions.similarity`.
         most: Patches to draw maps for along each side; larger grids are sampled evenly.
     """
     rows, columns = similarity.shape[:2]

@@ -130,31 +130,6 @@ def read_positions(model: Encoder, grid: tuple[int, int]) -> Positions:
     )
 
 
-@torch.no_grad()
-def position_similarity(model: Encoder, grid: tuple[int, int]) -> Tensor:
-    """Cosine similarity between the position embeddings of all pairs of patches.
-
-    This is figure 7 (centre) of Dosovitskiy et al. 2021: after training, close patches have similar
-    embeddings, and rows and columns show. For relative and rotary positions see `read_positions`.
-
-    Args:
-        model: A model that adds positions to its patches.
-        grid: Rows and columns; positions are resampled where the model was made for others.
-
-    Returns:
-        [rows, columns, rows, columns], -1 to 1; entry [i, j, k, l] compares patch (i, j) with patch (k, l).
-
-    Raises:
-        ValueError: The model adds no positions to its patches.
-    """
-    if model.position_table(grid) is None:
-        raise ValueError(
-            f"{type(model).__name__} adds no position embedding to its patches: "
-            "it has none, or relative or rotary ones"
-        )
-    return read_positions(model, grid).similarity
-
-
 def _products(vectors: Tensor, grid: tuple[int, int]) -> Tensor:
     """Of one vector a place, [N, D] -> [rows, columns, rows, columns]."""
     vectors = vectors.float()

@@ -41,8 +41,8 @@ def scores_of(model: Encoder, logits: Tensor, target: Target) -> tuple[Tensor, T
     """`class_scores` from logits [B, K] that the model gave."""
     if not any(name.startswith(model.head_names) for name, _ in model.named_parameters()):
         raise ValueError(
-            f"{type(model).__name__} has no head, so there is no class to explain; build it with num_classes, "
-            "or call reset_classifier and train the head"
+            f"{type(model).__name__} has no head, so there is no class to explain; "
+            "build it with num_classes, or call reset_classifier and train the head"
         )
     B, K = logits.shape
     if target is None:

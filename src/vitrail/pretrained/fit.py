@@ -38,10 +38,12 @@ class LoadReport:
         lines = [f"{self.source}: {len(self.matched)} tensors taken as they are"]
         lines += [f"  {name}: {what}" for name, what in self.resized.items()]
         if self.fresh:
-            lines.append(f"  fresh, to be trained: {', '.join(self.fresh)}")
+            whys = sorted({self.ignored[name] for name in self.fresh if name in self.ignored})
+            instead = f" (the source has {', '.join(whys)})" if whys else ""
+            lines.append(f"  fresh, to be trained: {', '.join(sorted(self.fresh))}{instead}")
         reasons: dict[str, list[str]] = {}
-        for name, why in self.ignored.items():
-            reasons.setdefault(why, []).append(name)
+        for name in sorted(self.ignored.keys() - set(self.fresh)):
+            reasons.setdefault(self.ignored[name], []).append(name)
         for why, names in reasons.items():
             several = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
             lines.append(f"  left out: {several} ({why})")

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from vitrail.models import SHORT_NAMES, VARIANTS
 from vitrail.pretrained.download import download
@@ -70,7 +72,7 @@ def find_weights(text: str | Path, *, revision: str | None = None) -> Weights:
     if revision is not None and on_hub is None:
         raise ValueError(f"{origin} is not a hub repository: it has no revision ({revision!r})")
     if on_hub is not None:
-        return _folder(_fetch(on_hub, revision), origin)
+        return _folder(_fetch(on_hub, revision, origin), origin)
     if origin.startswith("torchvision:"):
         return _torchvision(origin)
     if _ADDRESS.match(origin):
@@ -118,13 +120,21 @@ def _hub_name(origin: str) -> str | None:
     return origin
 
 
-def _fetch(repository: str, revision: str | None) -> Path:
+def _fetch(repository: str, revision: str | None, origin: str) -> Path:
     """A hub repository's folder here; what was downloaded before is used where the hub cannot be reached."""
+    here = f"no folder {origin} here" if origin == repository else f"{origin} is not here"
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(HUB_FILES)))
+    except LocalEntryNotFoundError:
+        raise ValueError(
+            f"{here}, it is not in the hub's local cache, and the hub cannot be reached; where there is a "
+            f"network, `vitrail download {origin}` fetches it"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"{here}, and the hub has no public repository {repository}") from None
     except Exception as error:  # the errors of the hub's HTTP client have no common kind
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"no folder {repository} here, and the hub did not give it ({reason})") from None
+        reason = textwrap.shorten(str(error).strip().partition("\n")[0], 160, placeholder=" ...")
+        raise ValueError(f"{here}, and the hub did not give it ({reason})") from None
 
 
 def _folder(folder: Path, origin: str) -> Weights:

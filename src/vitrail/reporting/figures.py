@@ -30,7 +30,7 @@ def curves(train: Rows, val: Rows, test: ClassificationMetrics | None) -> Figure
     panels = figure.subplots(2 if val else 1, 1, sharex=True, squeeze=False)[:, 0]
     epochs, loss = _series(train, "loss")
     panels[0].plot(epochs, loss, color=BLUE, alpha=0.3, linewidth=0.9)
-    panels[0].plot(epochs, _running_mean(loss), color=BLUE, label="training")
+    panels[0].plot(epochs, _running_mean(loss), color=BLUE, marker=_marker(epochs), label="training")
     if val:
         panels[0].plot(*_series(val, "loss"), color=AMBER, marker=".", label="validation")
         panels[1].plot(*_series(val, "accuracy"), color=AMBER, marker=".", label="validation")
@@ -55,7 +55,8 @@ def learning_rate(train: Rows) -> Figure:
     """Learning rate against epochs."""
     figure = Figure(figsize=(WIDTH, 2.3))
     axes = figure.add_subplot()
-    axes.plot(*_series(train, "lr"), color=BLUE)
+    epochs, rates = _series(train, "lr")
+    axes.plot(epochs, rates, color=BLUE, marker=_marker(epochs))
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
     axes.set_xlabel("epoch")
@@ -194,6 +195,11 @@ def _series(rows: Rows, key: str) -> tuple[list[float], list[float]]:
     """Epochs and values of the rows that have the key."""
     known = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
     return [epoch for epoch, _ in known], [value for _, value in known]
+
+
+def _marker(epochs: Sequence[float]) -> str | None:
+    """A single point has no line, and few are seen better as points."""
+    return "." if len(epochs) <= 20 else None
 
 
 def _running_mean(values: Sequence[float]) -> npt.NDArray[np.float64]:

@@ -26,7 +26,7 @@ from vitrail.evaluation.metrics import ClassificationMetrics, Evaluation, read_e
 from vitrail.explain.attention import attention_layers, attention_maps
 from vitrail.explain.draw import INK, RED, image_grid, label, png, similarity_grid
 from vitrail.explain.health import CollapseReport, attention_collapse, finding
-from vitrail.explain.positions import position_similarity
+from vitrail.explain.positions import read_positions
 from vitrail.files import write_whole
 from vitrail.models.encoder import Encoder
 from vitrail.reporting import figures
@@ -220,10 +220,9 @@ def _draw_inside(model: Encoder, preprocessing: Preprocessing, test: Images) -> 
         captions += [label(test.classes[truth], 16), *(f"layer {layer + 1}" for layer in layers)]
         heat += [None, *(own.values[row] for own in maps)]
     drawn["attention"] = image_grid(torch.stack(tiles), captions, columns=1 + len(layers), heat=heat)
-    with torch.no_grad():
-        grid = model.forward_features(inputs[:1]).grid
+    grid = model.flow((inputs.shape[2], inputs.shape[3])).start[-1].grid
     try:
-        drawn["positions"] = similarity_grid(position_similarity(model, (grid[0], grid[1])))
+        drawn["positions"] = similarity_grid(read_positions(model, grid).similarity.cpu())
     except ValueError as error:
         drawn["positions"] = f"{error}."
     return drawn

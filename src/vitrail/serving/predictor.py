@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import Self
 import torch
 from PIL import Image
 
-from vitrail.datasets import Preprocessing
+from vitrail.datasets import BrokenImageError, Preprocessing
+from vitrail.datasets.folder import images_in
 from vitrail.models import Encoder
-from vitrail.pretrained import load_model
+from vitrail.pretrained.hub import from_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +37,28 @@ class Predictor:
         self.classes = classes
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Self:
-        """Load a model folder, or the one of a run folder.
+    def from_source(cls, source: str | Path) -> Self:
+        """Load a run or model folder, `timm:NAME.TAG`, `torchvision:NAME`, or a hub repository.
 
         Raises:
             ValueError: No model there, or a damaged one.
         """
-        stored = load_model(path)
+        stored = from_pretrained(source)
         return cls(stored.model, Preprocessing.from_dict(stored.preprocessing), stored.classes)
+
+    def class_number(self, name: str) -> int:
+        """The number of a class, from its name or the number itself.
+
+        Raises:
+            ValueError: There is no such class.
+        """
+        if name in self.classes:
+            return self.classes.index(name)
+        if name.isdigit() and int(name) < len(self.classes):
+            return int(name)
+        near = difflib.get_close_matches(name, self.classes, n=3)
+        hint = f"; the nearest are {', '.join(near)}" if near else ""
+        raise ValueError(f"no class {name!r} among the {len(self.classes)} of the model{hint}")
 
     @torch.inference_mode()
     def predict(self, images: Sequence[str | Path | Image.Image], top: int = 5) -> list[Prediction]:
@@ -57,14 +74,50 @@ class Predictor:
         results = []
         for start in range(0, len(images), 64):
             some = images[start : start + 64]
-            batch = torch.stack([self.preprocessing.open_image(image) for image in some])  # [B, C, H, W]
-            best = self.model(batch).softmax(dim=1).topk(min(top, len(self.classes)), dim=1)
-            for image, shares, numbers in zip(some, best.values, best.indices, strict=True):
-                results.append(
-                    Prediction(
-                        source="image" if isinstance(image, Image.Image) else str(image),
-                        classes=tuple(self.classes[number] for number in numbers.tolist()),
-                        probabilities=tuple(shares.tolist()),
-                    )
-                )
+            names = ["image" if isinstance(image, Image.Image) else str(image) for image in some]
+            results += self._classified(names, [self.preprocessing.open_image(image) for image in some], top)
         return results
+
+    @torch.inference_mode()
+    def predict_files(
+        self, paths: Sequence[str | Path], top: int = 5
+    ) -> tuple[list[Prediction], list[BrokenImageError]]:
+        """Predict image files and the images of folders, as far as they can be read.
+
+        Args:
+            paths: Files, and folders, of which the images directly in them are taken, by extension, sorted.
+            top: How many classes to name.
+
+        Returns:
+            The predictions, and what is wrong with each file or folder that cannot be read.
+        """
+        files: list[Path] = []
+        found: list[Prediction] = []
+        broken: list[BrokenImageError] = []
+        for path in map(Path, paths):
+            inside = [path / name for name in images_in(path, Counter())] if path.is_dir() else [path]
+            files += inside
+            if not inside:
+                broken.append(BrokenImageError(str(path), "no image files in this folder"))
+        for start in range(0, len(files), 64):
+            opened: list[tuple[str, torch.Tensor]] = []
+            for path in files[start : start + 64]:
+                try:
+                    opened.append((str(path), self.preprocessing.open_image(path)))
+                except BrokenImageError as error:
+                    broken.append(error)
+            if opened:
+                names, images = zip(*opened, strict=True)
+                found += self._classified(names, images, top)
+        return found, broken
+
+    def _classified(self, names: Sequence[str], images: Sequence[torch.Tensor], top: int) -> list[Prediction]:
+        best = self.model(torch.stack(list(images))).softmax(dim=1).topk(min(top, len(self.classes)), dim=1)
+        return [
+            Prediction(
+                source=name,
+                classes=tuple(self.classes[number] for number in numbers.tolist()),
+                probabilities=tuple(shares.tolist()),
+            )
+            for name, shares, numbers in zip(names, best.values, best.indices, strict=True)
+        ]

@@ -16,6 +16,7 @@ import io
 import os
 import pickle
 import sys
+import textwrap
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,8 @@ def restore_checkpoint(folder: Path, state: TrainingState) -> bool:
         state.best_weights = content["best_weights"]
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = (lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__)[:200]
+        reason = lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__
+        reason = textwrap.shorten(reason, 200, placeholder=" ...")
         raise ValueError(
             f"the checkpoint in {folder} belongs to another model or optimiser ({reason}); "
             "resume with the config it was made with (config.yaml beside it)"

@@ -27,6 +27,7 @@ class RunLog:
         self.total = total
         self._console = Console(stderr=True, highlight=False, quiet=not is_main())
         self._began, self._start, self._last_line = time.monotonic(), start, 0.0
+        self._loss = ""
         self._progress: Progress | None = None
         self._file: TextIO | None = None
         if not is_main():
@@ -78,9 +79,10 @@ class RunLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if record["kind"] == "val":
-            text = f"val loss {record['loss']:.4f}  val accuracy {100 * record['accuracy']:.2f} %"
+            text = f"{self._loss}val loss {record['loss']:.4f}  val accuracy {100 * record['accuracy']:.2f} %"
         else:
-            text = f"loss {record['loss']:.4f}  {record['images_per_second']:.0f} images/s"
+            self._loss = f"loss {record['loss']:.4f}  "
+            text = f"{self._loss}{record['images_per_second']:.0f} images/s"
         if self._progress is not None:
             if record["kind"] == "val":
                 self._console.print(f"epoch {record['epoch']:5.1f}  {text}")
@@ -88,6 +90,7 @@ class RunLog:
                 self._progress.update(self._bar, numbers=text)
             return
         now = time.monotonic()
+        # The line of an evaluation has the training loss too.
         if record["kind"] == "val" or now - self._last_line > 10:
             self._last_line = now
             done = record["step"] - self._start

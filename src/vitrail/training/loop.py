@@ -125,8 +125,7 @@ def fit(
             save_checkpoint(checkpoints, state)
 
     with RunLog(metrics, total=plan.total, start=state.step) as log, Interruption() as interruption:
-        over = state.step >= plan.total or _no_longer_better(state, patience, plan)
-        for batch in () if over else batches(state.step):
+        for batch in () if is_over(state, patience, plan) else batches(state.step):
             # Loss and gradients.
             count = len(next(iter(batch.values())))
             size = min(micro_batch or count, count)
@@ -230,6 +229,11 @@ def fit(
                 log.say(f"no better validation in {patience} evaluations: stopped after step {done}")
                 break
     state.seconds = time.perf_counter() - began
+
+
+def is_over(state: TrainingState, patience: int, plan: Plan) -> bool:
+    """Whether a run has made all its steps, or has stopped early."""
+    return state.step >= plan.total or _no_longer_better(state, patience, plan)
 
 
 def _no_longer_better(state: TrainingState, patience: int, plan: Plan) -> bool:

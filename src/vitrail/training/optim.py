@@ -6,6 +6,7 @@ Reciprocal square root: Vaswani et al. 2017, section 5.3. Warm-up, stable, decay
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
 from collections.abc import Callable, Sequence
@@ -70,10 +71,12 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         matched = set(fnmatch.filter(names, pattern.removeprefix("!")))
         if not matched:
-            layers = sorted({layer_name(name) for name in names})
+            layers = sorted({f"{layer}.*" if (layer := layer_name(name)) != name else name for name in names})
+            near = difflib.get_close_matches(pattern.removeprefix("!"), layers, n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
             raise ValueError(
-                f"optim.freeze: no parameter matches {pattern.removeprefix('!')!r}; the model's layers are "
-                f"{', '.join(layers)} (blocks.0 as blocks.0.*)"
+                f"optim.freeze: no parameter matches {pattern.removeprefix('!')!r}; {meant}"
+                f"the model's layers are {', '.join(layers)}"
             )
         frozen |= set(names) - matched if pattern.startswith("!") else matched
     if len(frozen) == len(names):

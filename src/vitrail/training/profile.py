@@ -25,14 +25,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vitrail.config import RunConfig
-from vitrail.config import steps as in_steps
 from vitrail.tasks import Batch
 from vitrail.training.average import MovingAverage
 from vitrail.training.checkpoint import TrainingState
 from vitrail.training.loop import fit
 from vitrail.training.lr_range import shortened
 from vitrail.training.optim import build_optimizer, learning_rate
-from vitrail.training.setup import Run, augmented_batches, prepare, read_batches, training_batches
+from vitrail.training.setup import Run, augmented_batches, make_plan, prepare, read_batches, training_batches
 
 PARTS = {
     "data": "wait for data",
@@ -119,7 +118,7 @@ class TrainingProfile:
         if self.busy is None and self.operator_us < _SHORT_US:
             line = "much of that is calling it; take a larger --train.batch_size or --train.compile true"
             found.append((50.0, f"an operator takes {self.operator_us:.0f} microseconds on average: {line}"))
-        if self.device.startswith("cuda") and self.precision == "no":
+        if self.device.startswith("cuda") and self.precision == "fp32":
             found.append((60.0, "float32 on a GPU: take --train.precision bf16"))
         computing = self.shares["forward"] + self.shares["backward"]
         if not found:
@@ -176,7 +175,7 @@ def profile_training(config: RunConfig, steps: int = 20) -> TrainingProfile:
     )
     with _timed(run, state, clock):
         _fit(run, state, partial(_timed_batches, run, clock=clock))
-    parts = _typical(clock.steps[_WARMUP:], _log_every(config, run))
+    parts = _typical(clock.steps[_WARMUP:], make_plan(config.train, len(run.splits.train)).log_every)
     milliseconds = 1000 * sum(parts.values())
 
     # libkineto would report its start and stop on the terminal; it reads this when it starts.
@@ -190,7 +189,7 @@ def profile_training(config: RunConfig, steps: int = 20) -> TrainingProfile:
     on_gpu = run.accelerator.device.type == "cuda"
     return TrainingProfile(
         device=str(run.accelerator.device),
-        precision=run.accelerator.mixed_precision,
+        precision=run.accelerator.mixed_precision.replace("no", "fp32"),
         batch_size=config.train.batch_size,
         milliseconds=milliseconds,
         shares={part: 100_000 * seconds / milliseconds for part, seconds in parts.items()},
@@ -305,12 +304,6 @@ def _typical(steps: list[dict[str, float]], log_every: int) -> dict[str, float]:
     parts = {part: median(step[part] for step in plain) for part in PARTS}
     extra = sum(max(0.0, logging[part] - parts[part]) for part in ("clip", "other"))
     return parts | {"logging": extra / log_every}
-
-
-def _log_every(config: RunConfig, run: Run) -> int:
-    sizes = {"batch_size": config.train.batch_size, "steps_per_epoch": run.plan.steps_per_epoch}
-    total = in_steps(config.train.duration, **sizes)
-    return max(1, in_steps(config.train.log_every, total=total, **sizes))
 
 
 def _operators(profiler: profile) -> list[Operator]:

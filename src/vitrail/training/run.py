@@ -14,19 +14,23 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn import functional as F
 
 from vitrail.config import RunConfig
 from vitrail.datasets import Images, Preprocessing, Splits
+from vitrail.evaluation.cost import count_parameters
 from vitrail.evaluation.inference import predict_logits
 from vitrail.evaluation.metrics import ClassificationMetrics, classification_metrics, write_evaluation
 from vitrail.explain.health import attention_collapse
@@ -38,7 +42,7 @@ from vitrail.training.average import MovingAverage
 from vitrail.training.checkpoint import TrainingState, restore_checkpoint
 from vitrail.training.diagnose import first_nonfinite
 from vitrail.training.log import records_until
-from vitrail.training.loop import NotFiniteError, fit
+from vitrail.training.loop import NotFiniteError, fit, is_over
 from vitrail.training.manifest import manifest
 from vitrail.training.optim import build_optimizer, learning_rate
 from vitrail.training.run_folder import check_free, claimed
@@ -48,6 +52,8 @@ from vitrail.training.watch import Watch
 
 WATCHED = 16
 """Validation images on which the attention is watched."""
+_SMALL_INPUT = 100
+"""Height and width in pixels below which a model is one for small pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,8 @@ class Result:
     preprocessing: Preprocessing
     test: Images
     metrics: ClassificationMetrics
+    already_finished: bool = False
+    """It was resumed after its end: nothing was trained, and nothing written."""
 
 
 def train(config: RunConfig, folder: Path, *, command: str, splits: Splits | None = None) -> Result:
@@ -101,10 +109,33 @@ def _train(run: Run, folder: Path, command: str) -> Result:
     if section.resume:
         restore_checkpoint(folder / "checkpoints", state)
     resumed_at = state.step
+    # Where the run lies is part of it; whether it was resumed or replaced another one is not.
+    again = {"output": folder, "resume": False, "overwrite": False}
+    stored = config.model_copy(update={"train": section.model_copy(update=again)})
+    finished = is_over(state, section.patience, run.plan) and _finished_at(folder) == state.step
     if is_main():
-        # Where the run lies is part of it; whether it was resumed or replaced another one is not.
-        again = {"output": folder, "resume": False, "overwrite": False}
-        stored = config.model_copy(update={"train": section.model_copy(update=again)})
+        for line in _about(run, folder):
+            print(line, file=sys.stderr)
+        if resumed_at and (others := _differences(folder / "config.yaml", stored)):
+            what = "without effect on a finished run" if finished else f"goes on after step {resumed_at} with"
+            print(f"{what}: {', '.join(others)}", file=sys.stderr)
+
+    def logits_of(model: nn.Module, images: Images) -> Tensor:
+        return predict_logits(
+            model, images, run.preprocessing, batch_size=section.eval_batch_size, device=device
+        )
+
+    if finished:
+        model = _finished_model(state, sharded)
+        return Result(
+            folder=folder,
+            model=model,
+            preprocessing=run.preprocessing,
+            test=splits.test,
+            metrics=_measure(logits_of(state.model(), splits.test), splits.test),
+            already_finished=True,
+        )
+    if is_main():
         write_whole(folder / "config.yaml", stored.to_yaml())
         write_whole(folder / "augmented.npy", _augmented_examples(run))
         if run.loaded is not None:
@@ -122,9 +153,7 @@ def _train(run: Run, folder: Path, command: str) -> Result:
     def evaluate(model: nn.Module) -> dict[str, Any]:
         assert splits.val is not None
         assert isinstance(model, Encoder)
-        logits = predict_logits(
-            model, splits.val, run.preprocessing, batch_size=section.eval_batch_size, device=device
-        )
+        logits = logits_of(model, splits.val)
         labels = torch.from_numpy(splits.val.labels)
         return {
             "loss": float(F.cross_entropy(logits, labels)),
@@ -171,9 +200,7 @@ def _train(run: Run, folder: Path, command: str) -> Result:
             preprocessing=run.preprocessing.to_dict(),
         )
     # A sharded model needs every process; the finished copy is whole.
-    logits = predict_logits(
-        state.model(), splits.test, run.preprocessing, batch_size=section.eval_batch_size, device=device
-    )
+    logits = logits_of(state.model(), splits.test)
     metrics = _measure(logits, splits.test)
     if is_main():
         _write_evaluation(folder, logits, splits.test, metrics)
@@ -190,6 +217,58 @@ def _train(run: Run, folder: Path, command: str) -> Result:
     return Result(
         folder=folder, model=model, preprocessing=run.preprocessing, test=splits.test, metrics=metrics
     )
+
+
+def _about(run: Run, folder: Path) -> list[str]:
+    """What is said before a run begins, a line each: what it is, and what is surprising in its data."""
+    splits, model = run.splits, run.model
+    counts = ", ".join(
+        f"{len(part):,} {name}"
+        for name, part in (("train", splits.train), ("val", splits.val), ("test", splits.test))
+        if part is not None
+    )
+    lines = [
+        f"{run.config.model.name}, {count_parameters(model):,} parameters, on {splits.train.name} ({counts} "
+        f"images); {run.accelerator.device}; into {folder}"
+    ]
+    if splits.skipped:
+        source, reason = splits.skipped[0]
+        several = (
+            "1 broken image is" if len(splits.skipped) == 1 else f"{len(splits.skipped):,} broken images are"
+        )
+        lines.append(f"{several} left out ({source}: {reason})")
+    (height, width), original = run.preprocessing.img_size, splits.original_size
+    # Photographs of thousands of pixels at the usual 224 are no surprise.
+    if original is not None and min(height, width) < min(_SMALL_INPUT, min(original) / 4):
+        lines.append(
+            f"pictures of about {min(original)} pixels are seen at {height} x {width}: choose a larger model "
+            "or --model.img_size"
+        )
+    return lines
+
+
+def _finished_at(folder: Path) -> int | None:
+    """The step at which a run in this folder was finished; None: none was."""
+    path = folder / "manifest.json"
+    return int(json.loads(path.read_text())["steps"]) if path.is_file() else None
+
+
+def _differences(path: Path, config: RunConfig) -> list[str]:
+    """The options in which a config differs from the one in a file, with both values."""
+    before, now = (_flat(yaml.safe_load(text)) for text in (path.read_text(), config.to_yaml()))
+    return [
+        f"{key} {now.get(key)} (it was {before.get(key)})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key != "train.output"
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _finished_model(state: TrainingState, sharded: bool) -> Encoder:
