@@ -538,7 +538,13 @@ def test_two_at_once_download_once(server: Server, tmp_path: Path) -> None:
     assert len(server.asked) == 1
 
 
-def test_an_interrupted_download_goes_on(server: Server, tmp_path: Path) -> None:
+def test_an_interrupted_download_goes_on(
+    server: Server, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    # What was started in the background may ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def interrupt() -> None:
         time.sleep(0.1)  # until the client has read what came
         os.kill(os.getpid(), signal.SIGINT)

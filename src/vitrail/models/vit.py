@@ -233,7 +233,8 @@ class ViT(Encoder):
         self.norm = nn.Identity() if config.fc_norm else nn.LayerNorm(dim, eps=1e-6)
         self.attention_pool = nn.Linear(dim, 1) if config.pool == "seqpool" else None
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if config.fc_norm else nn.Identity()
-        self.embed, self.final, self.pool_shares = Tap(), Tap(), Tap()
+        self.embed, self.final = Tap(), Tap()
+        self.pool_shares = Tap() if config.pool == "seqpool" else None
         self.apply(self._initialise)
         self.reset_classifier(config.num_classes)
         for parameter, std in (
@@ -406,7 +407,7 @@ class ViT(Encoder):
         """One vector an image, [B, D]: class token, mean of the patches, or sequence pooling."""
         if self.config.pool == "cls":
             return features.prefix[:, 0]
-        if self.attention_pool is None:
+        if self.attention_pool is None or self.pool_shares is None:
             return features.patches.mean(dim=1)
         shares = self.pool_shares(self.attention_pool(features.patches).softmax(dim=1))  # [B, N, 1]
         return (shares.transpose(1, 2) @ features.patches)[:, 0]
