@@ -8,11 +8,11 @@ from typing import Any
 from vitrail.config import nearest
 from vitrail.models.encoder import Encoder
 from vitrail.tasks.classify import Classify
-from vitrail.tasks.task import Batch, Task
+from vitrail.tasks.task import Batch, Task, Views
 
-__all__ = ["TASKS", "Batch", "Classify", "Task", "build_task"]
+__all__ = ["TASKS", "Batch", "Classify", "Task", "Views", "build_task"]
 
-TASKS: dict[str, type[Classify]] = {"classify": Classify}
+TASKS: dict[str, type[Task]] = {"classify": Classify}
 
 
 def build_task(name: str, model: Encoder, **options: Any) -> Task:

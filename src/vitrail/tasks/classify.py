@@ -15,6 +15,8 @@ from vitrail.tasks.task import Batch, Task
 class Classify(Task):
     """Cross-entropy of a model's logits."""
 
+    needs_labels = True
+
     def __init__(self, model: Encoder, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
         if not 0.0 <= label_smoothing < 1.0:

@@ -7,15 +7,37 @@ the device, the log or the checkpoint; the loop never sees which task it runs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
-"""`images` [B, C, H, W], normalised, and what the task needs besides (`targets` [B, K])."""
+"""What a task asked for, normalised: `images` [B, C, H, W], or `views` [B, V, C, H, W] where it wants several of
+each image, `crops` [B, L, C, h, w] where it wants small ones too, and `targets` (labels [B] or shares [B, K])
+where it needs labels. The first axis of all is that of the images, so that a batch can be taken in parts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """Which pictures of an image a task wants to see; each is augmented on its own."""
+
+    full: int = 1
+    """Pictures of the model's size: one comes as `images` [B, C, H, W], several as `views` [B, V, C, H, W]."""
+    crops: int = 0
+    """Small pictures of small parts, `crops` [B, L, C, h, w]; DINO's local crops."""
+    crop_size: tuple[int, int] = (96, 96)
+    """Height and width of a crop in pixels."""
+    crop_scale: tuple[float, float] = (0.05, 0.4)
+    """Share of the image's area that a crop shows."""
 
 
 class Task(nn.Module, ABC):
     """What is minimised: model, head and loss."""
+
+    needs_labels: bool = False
+    """Whether batches carry `targets`. Where not, no label is ever read."""
+    views: Views = Views()
+    """What the batches show of an image."""
 
     @abstractmethod
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -24,6 +46,9 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def trained(self) -> nn.Module:
         """The model that is evaluated and saved."""
+
+    def begin(self, total_steps: int) -> None:
+        """Called once before the first step with the length of the run, for what follows a schedule."""
 
     def after_step(self) -> None:
         """Called after each optimiser step, for instance to move a teacher."""
