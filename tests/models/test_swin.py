@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from tests.components.test_window import expanded
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -190,7 +191,7 @@ def test_a_block_equals_full_attention_in_windows(grid: tuple[int, int], shifted
     with torch.no_grad(), record(block, "attn.weights") as seen:
         middle = x + _slow_attention(block, block.norm1(x), grid)
         torch.testing.assert_close(block(x, grid), middle + block.mlp(block.norm2(middle)))
-    weights = block.layout(grid).expand(seen["attn.weights"])
+    weights = expanded(block.layout(grid), seen["attn.weights"])
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, x.shape[1]))
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import timm
 import torch
+from tests.components.test_window import expanded
 from torch import Tensor
 from torchvision.models import swin_transformer as torchvision_swin
 
@@ -205,7 +206,7 @@ def test_a_block_equals_full_attention_in_windows(grid: tuple[int, int], shifted
         middle = x + block.norm1(_slow_attention(block, x, grid))
         expected = middle + block.norm2(block.mlp(middle))
         torch.testing.assert_close(block(x, grid), expected, atol=1e-4, rtol=1e-4)
-    weights = block.layout(grid).expand(seen["attn.weights"])
+    weights = expanded(block.layout(grid), seen["attn.weights"])
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, x.shape[1]))
 
 

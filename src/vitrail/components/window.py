@@ -72,24 +72,6 @@ class WindowLayout:
         together = segments[:, :, None] == segments[:, None]
         return torch.where(together, 0.0, float("-inf"))
 
-    def expand(self, weights: Tensor) -> Tensor:
-        """Attention weights within the windows as weights among all tokens of the image.
-
-        Args:
-            weights: [B * W, H, n, n], what passes the tap `attn.weights` of a block with this layout.
-
-        Returns:
-            [B, H, N, N], tokens in row-major order, zero between windows. N is the whole grid: 3,136 in the
-            first stage of Swin-T at 224 pixels, 39 MB a head and image.
-        """
-        places = self.order().to(weights.device).unflatten(0, (-1, weights.shape[-1]))  # [W, n]
-        parts = weights.unflatten(0, (-1, places.shape[0])).transpose(1, 2)  # [B, H, W, n, n]
-        total, (rows, columns) = places.numel(), self.grid
-        full = weights.new_zeros(*parts.shape[:2], total, total)
-        full[:, :, places[:, :, None], places[:, None]] = parts
-        real = torch.arange(total, device=weights.device).reshape(self.padded)[:rows, :columns].flatten()
-        return full[:, :, real][..., real]
-
 
 def _segments(size: int, padded: int, side: int, shift: int) -> Tensor:
     """Which window each place of an axis belongs to, [padded]; 0 before the first whole one, -1: padding."""

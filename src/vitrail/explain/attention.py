@@ -91,12 +91,12 @@ def attention_maps(
         drawn = draw(step, by_image(step, weights), rows)
         branch, tokens = (step.branch, step.tokens) if step.asked is None else step.asked
         patches = drawn[branch][:, :, 0, tokens.prefix :]  # [B, H, N]
-        values = _fuse(patches, heads)
+        values = fuse_heads(patches, heads)
         everything = sum(of_branch[:, :, 0].sum(dim=2) for of_branch in drawn.values())  # [B, H]
         found[step.name] = AttentionMap(
             layer=step.name,
             values=values.unflatten(-1, tokens.grid),
-            prefix=_fuse(everything - patches.sum(dim=2), heads),
+            prefix=fuse_heads(everything - patches.sum(dim=2), heads),
             cells=tokens.cells,
             asks=asks,
         )
@@ -256,6 +256,26 @@ def _draw_within_windows(step: AttentionStep, weights: Tensor, rows: Tensor) -> 
     return drawn[..., order.argsort()].unflatten(-1, layout.padded)[..., :height, :width].flatten(-2)
 
 
+def fuse_heads(values: Tensor, heads: Heads) -> Tensor:
+    """One map from those of all heads: [B, H, ...] -> [B, ...], for "all" unchanged.
+
+    Raises:
+        ValueError: There is no such head.
+    """
+    if heads == "mean":
+        return values.mean(dim=1)
+    if heads == "max":
+        return values.amax(dim=1)
+    if heads == "min":
+        return values.amin(dim=1)
+    if heads == "all":
+        return values
+    H = values.shape[1]
+    if isinstance(heads, str) or not -H <= heads < H:
+        raise ValueError(f"heads: expected 'mean', 'max', 'min', 'all' or {-H} to {H - 1}, got {heads!r}")
+    return values[:, heads]
+
+
 def class_token_asks(flow: Flow, step: AttentionStep) -> bool:
     """Whether the class token takes part, in a model whose head reads it."""
     read = any(head.prefix for head in flow.reads if head.branch == step.branch)
@@ -287,19 +307,3 @@ def _chosen(flow: Flow, layers: Sequence[int] | None, asking_patches: bool) -> l
         if asking_patches and steps[layer].class_only:
             raise ValueError(f"in layer {layer} ({steps[layer].name}) only the class token asks: no point")
     return [steps[layer] for layer in layers]
-
-
-def _fuse(values: Tensor, heads: Heads) -> Tensor:
-    """[B, H, ...] -> [B, ...], or all of it."""
-    if heads == "mean":
-        return values.mean(dim=1)
-    if heads == "max":
-        return values.amax(dim=1)
-    if heads == "min":
-        return values.amin(dim=1)
-    if heads == "all":
-        return values
-    H = values.shape[1]
-    if isinstance(heads, str) or not -H <= heads < H:
-        raise ValueError(f"heads: expected 'mean', 'max', 'min', 'all' or {-H} to {H - 1}, got {heads!r}")
-    return values[:, heads]

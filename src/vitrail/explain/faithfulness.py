@@ -4,6 +4,7 @@
 
 - `deletion` and `insertion` (Petsiuk et al. 2018, RISE, section 3.3): hide the cells that a map calls most
   important first, or show only them, and watch the probability of the class.
+- `curves`: both, for the maps of several methods.
 - `randomisation` (Adebayo et al. 2018, "Sanity checks for saliency maps"): a map that stays the same when the
   weights are lost explains the image, not the model.
 - `agreement`: rank correlations between maps of different methods.
@@ -129,9 +130,46 @@ def insertion(
     return options.curve(model, images, maps, target)
 
 
+def curves(
+    model: Encoder,
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    target: Target = None,
+    *,
+    cells: Grid | None = None,
+    steps: int = 32,
+    random_orders: int = 8,
+    seed: int = 0,
+    baseline: Tensor | float = 0.0,
+    batch_size: int = 64,
+) -> dict[str, tuple[Curve, Curve]]:
+    """Deletion and insertion of several maps of the same answers; random orders are followed only once.
+
+    Args:
+        maps: Name -> maps [B, rows, columns]. Other arguments and errors as in `deletion`.
+
+    Returns:
+        Name -> the curves of deletion and insertion, as `deletion` and `insertion` give them.
+    """
+    hidings = [
+        _Hiding(kind, cells, steps, random_orders, seed, baseline, batch_size)
+        for kind in ("deletion", "insertion")
+    ]
+    found: dict[str, tuple[Curve, Curve]] = {}
+    random: list[Tensor | None] = [None, None]
+    for name, own in maps.items():
+        hide, show = (
+            hiding.curve(model, images, own, target, known)
+            for hiding, known in zip(hidings, random, strict=True)
+        )
+        found[name] = hide, show
+        random = [hide.random, show.random]
+    return found
+
+
 @dataclass(frozen=True)
 class _Hiding:
-    """How cells are hidden: the options that `deletion` and `insertion` share."""
+    """How cells are hidden: the options that `deletion`, `insertion` and `curves` share."""
 
     kind: Literal["deletion", "insertion"]
     cells: Grid | None
@@ -381,23 +419,28 @@ def trust(
     """
     classes = _predicted(model, images, target)
     *_, (_, without_weights) = _losing_weights(model, seed)
-    hidings = [
-        _Hiding(kind, cells, steps, random_orders, seed, baseline, batch_size)
-        for kind in ("deletion", "insertion")
-    ]
     maps: dict[str, Tensor] = {}
     measured: dict[str, dict[str, float]] = {}
-    random: dict[str, Tensor] = {}
     for name, method in methods.items():
         start = time.perf_counter()
         maps[name] = method(model, images, classes)
         measured[name] = {"seconds": time.perf_counter() - start}
-        for hiding in hidings:
-            curve = hiding.curve(model, images, maps[name], classes, random.get(hiding.kind))
-            random[hiding.kind] = curve.random
-            measured[name][hiding.kind] = float(curve.gain.mean())
         lost = method(without_weights, images, classes)
         measured[name]["without_weights"] = float(rank_correlation(maps[name], lost).nanmean())
+    followed = curves(
+        model,
+        images,
+        maps,
+        classes,
+        cells=cells,
+        steps=steps,
+        random_orders=random_orders,
+        seed=seed,
+        baseline=baseline,
+        batch_size=batch_size,
+    )
+    for name, both in followed.items():
+        measured[name] |= {curve.kind: float(curve.gain.mean()) for curve in both}
     correlations = agreement(maps)
     rows = []
     for name, values in measured.items():

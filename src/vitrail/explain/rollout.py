@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from vitrail.components.flow import AttentionStep, Flow, Footprint, MergeStep, Tokens
 from vitrail.components.tap import record
-from vitrail.explain.attention import Point, by_image, draw, watch
+from vitrail.explain.attention import Point, by_image, draw, fuse_heads, watch
 from vitrail.explain.target import Target, class_scores
 from vitrail.models.encoder import Encoder
 
@@ -176,11 +176,13 @@ def _fused(
     model: Encoder, images: Tensor, heads: Fusion, discard: float
 ) -> tuple[Flow, dict[str, Tensor], dict[str, Tensor]]:
     """The attention of every layer with its heads fused; and the shares of sequence pooling."""
+    if heads not in get_args(Fusion):
+        raise ValueError(f"heads: expected 'mean', 'max' or 'min', got {heads!r}")
     flow = model.flow((images.shape[2], images.shape[3]))
     fused: dict[str, Tensor] = {}
 
     def see(step: AttentionStep, weights: Tensor) -> None:
-        fused[step.name] = _discard(_fuse(by_image(step, weights), heads), discard)
+        fused[step.name] = _discard(fuse_heads(by_image(step, weights), heads), discard)
 
     with record(model, *_shares(flow)) as shares:
         watch(model, images, flow.attentions, see)
@@ -200,7 +202,7 @@ def _weighted(
     fused = {}
     for step, name, gradient in zip(flow.attentions, names, gradients, strict=True):
         weighted = (gradient * seen[name].detach()).clamp(min=0)
-        fused[step.name] = _fuse(by_image(step, weighted), "mean")
+        fused[step.name] = fuse_heads(by_image(step, weighted), "mean")
     return flow, fused, {name: seen[name].detach() for name in _shares(flow)}
 
 
@@ -305,19 +307,6 @@ def _rows_of(step: AttentionStep | MergeStep, fused: Mapping[str, Tensor], image
 
 def _shares(flow: Flow) -> list[str]:
     return [head.shares for head in flow.reads if head.shares is not None]
-
-
-def _fuse(weights: Tensor, heads: Fusion) -> Tensor:
-    """[B, H, ...] -> [B, ...]."""
-    match heads:
-        case "mean":
-            return weights.mean(dim=1)
-        case "max":
-            return weights.amax(dim=1)
-        case "min":
-            return weights.amin(dim=1)
-        case _:
-            raise ValueError(f"heads: expected 'mean', 'max' or 'min', got {heads!r}")
 
 
 def _discard(weights: Tensor, share: float) -> Tensor:

@@ -27,7 +27,7 @@ from vitrail.components.patch import ConvPatchEmbedding, patch_grid
 from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.residual import DropPath
 from vitrail.components.tap import Tap
-from vitrail.models.encoder import Encoder, Features, Fill, Stage
+from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,12 +261,7 @@ class CaiT(Encoder):
 
     def encode(self, tokens: Tensor, grid: Grid, layers: Sequence[int] = ()) -> Features:
         """Run the blocks: patches [B, N, D] -> normalised features."""
-        depth = self.config.depth + self.config.class_depth
-        for layer in layers:
-            if not -depth <= layer < depth:
-                raise ValueError(
-                    f"layer {layer} of a model with {depth} blocks; expected {-depth} to {depth - 1}"
-                )
+        wanted = asked_blocks(layers, self.config.depth + self.config.class_depth)
         seen: dict[int, Features] = {}
 
         def features(token: Tensor, patches: Tensor) -> Features:
@@ -274,15 +269,13 @@ class CaiT(Encoder):
 
         for number, block in enumerate(self.blocks):
             tokens = self.run_block(block, tokens)
-            for layer in layers:
-                if layer % depth == number:
-                    seen[layer] = features(tokens[:, :0], tokens)
+            for asked in wanted.get(number, ()):
+                seen[asked] = features(tokens[:, :0], tokens)
         token = self.cls_token.repeat(len(tokens), 1, 1).to(tokens.dtype)
         for number, block in enumerate(self.blocks_token_only, start=self.config.depth):
             token = self.run_block(block, token, tokens)
-            for layer in layers:
-                if layer % depth == number:
-                    seen[layer] = features(token, tokens)
+            for asked in wanted.get(number, ()):
+                seen[asked] = features(token, tokens)
         final = self.final(self.norm(torch.cat([token, tokens], dim=1)))
         return Features(patches=final[:, 1:], prefix=final[:, :1], grid=grid, layers=seen)
 

@@ -33,7 +33,7 @@ from vitrail.components.flow import AttentionStep, Flow, Readout, Tokens, square
 from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
-from vitrail.models.encoder import Encoder, Features, Fill, Stage
+from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,12 +240,7 @@ class CCT(Encoder):
 
     def encode(self, tokens: Tensor, grid: Grid, layers: Sequence[int] = ()) -> Features:
         """Run the blocks: tokens [B, n, D] -> normalised features."""
-        depth = len(self.classifier.blocks)
-        for layer in layers:
-            if not -depth <= layer < depth:
-                raise ValueError(
-                    f"layer {layer} of a model with {depth} blocks; expected {-depth} to {depth - 1}"
-                )
+        wanted = asked_blocks(layers, len(self.classifier.blocks))
 
         def features(x: Tensor, seen: dict[int, Features]) -> Features:
             return Features(patches=x, prefix=x[:, :0], grid=grid, layers=seen)
@@ -253,9 +248,8 @@ class CCT(Encoder):
         seen: dict[int, Features] = {}
         for number, block in enumerate(self.classifier.blocks):
             tokens = self.run_block(block, tokens)
-            for asked in layers:
-                if asked % depth == number:
-                    seen[asked] = features(self.classifier.norm(tokens), {})
+            for asked in wanted.get(number, ()):
+                seen[asked] = features(self.classifier.norm(tokens), {})
         return features(self.final(self.classifier.norm(tokens)), seen)
 
     def forward_features(

@@ -36,7 +36,7 @@ from vitrail.components.patch import ConvPatchEmbedding, PatchEmbedding, patch_g
 from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
-from vitrail.models.encoder import Encoder, Features, Fill, Stage
+from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks
 
 Pair = tuple[int, int]
 SMALL, LARGE = 0, 1
@@ -332,12 +332,7 @@ class CrossViT(Encoder):
             raise ValueError(
                 "CrossViT cannot drop patches (its two branches have different grids); use fill= (SimMIM)"
             )
-        depth = len(self.blocks)
-        for layer in layers:
-            if not -depth <= layer < depth:
-                raise ValueError(
-                    f"layer {layer} of a model with {depth} blocks; expected {-depth} to {depth - 1}"
-                )
+        wanted = asked_blocks(layers, len(self.blocks))
         (small, small_grid), (large, grid) = self.patch(images, SMALL), self.patch(images, LARGE)
         if fill is not None:
             mask, token = fill
@@ -348,9 +343,8 @@ class CrossViT(Encoder):
         seen: dict[int, Features] = {}
         for number, block in enumerate(self.blocks):
             small, large = self.run_block(block, small, large)
-            for asked in layers:
-                if asked % depth == number:
-                    seen[asked] = _features(self.norm[0](small), small_grid, self.norm[1](large), grid)
+            for asked in wanted.get(number, ()):
+                seen[asked] = _features(self.norm[0](small), small_grid, self.norm[1](large), grid)
         small, large = self.final_small(self.norm[0](small)), self.final(self.norm[1](large))
         return dataclasses.replace(_features(small, small_grid, large, grid), layers=seen)
 

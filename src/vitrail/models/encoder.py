@@ -60,6 +60,22 @@ class Features:
         return self.patches.transpose(1, 2).unflatten(2, self.grid)
 
 
+def asked_blocks(layers: Sequence[int], depth: int) -> dict[int, list[int]]:
+    """Which of `depth` blocks `layers` asks for: number of the block, from 0 -> how it was asked for.
+
+    Raises:
+        ValueError: There is no such block.
+    """
+    asked: dict[int, list[int]] = {}
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise ValueError(
+                f"layer {layer} of a model with {depth} blocks; expected {-depth} to {depth - 1}"
+            )
+        asked.setdefault(layer % depth, []).append(layer)
+    return asked
+
+
 def bias_by_offset(bias: Tensor, window: tuple[int, int]) -> Tensor:
     """One value an offset instead of one a pair of patches.
 

@@ -28,7 +28,7 @@ from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.reduction import ReducedAttention, SpatialReductionAttention
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
-from vitrail.models.encoder import Encoder, Features, Fill, Stage
+from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,11 +230,7 @@ class PVT(Encoder):
         is left out.
         """
         depth = sum(self.config.depths)
-        for layer in layers:
-            if not -depth <= layer < depth:
-                raise ValueError(
-                    f"layer {layer} of a model with {depth} blocks; expected {-depth} to {depth - 1}"
-                )
+        wanted = asked_blocks(layers, depth)
         maps: list[Tensor] = []
         seen: dict[int, Features] = {}
         block_number = 0
@@ -245,9 +241,8 @@ class PVT(Encoder):
             for block in getattr(self, f"block{number}"):
                 asking = queries if block_number == depth - 1 else None
                 tokens = self.run_block(block, tokens, grid, asking)
-                for layer in layers:
-                    if layer % depth == block_number:
-                        seen[layer] = self._features(number, tokens, grid)
+                for asked in wanted.get(block_number, ()):
+                    seen[asked] = self._features(number, tokens, grid)
                 block_number += 1
             if number < self.num_stages:
                 maps.append(tokens.transpose(1, 2).unflatten(2, grid))  # [B, D, rows, columns]

@@ -33,7 +33,7 @@ from vitrail.components.reduction import (
 )
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
-from vitrail.models.encoder import Encoder, Features, Fill
+from vitrail.models.encoder import Encoder, Features, Fill, asked_blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,12 +246,7 @@ class PVTv2(Encoder):
 
     def encode(self, tokens: Tensor, grid: Grid, layers: Sequence[int] = ()) -> Features:
         """Run all stages, from the tokens of the first one, [B, N, D]."""
-        depth = sum(self.config.depths)
-        for layer in layers:
-            if not -depth <= layer < depth:
-                raise ValueError(
-                    f"layer {layer} of a model with {depth} blocks; expected {-depth} to {depth - 1}"
-                )
+        wanted = asked_blocks(layers, sum(self.config.depths))
         maps: list[Tensor] = []
         seen: dict[int, Features] = {}
         block_number = 0
@@ -260,9 +255,8 @@ class PVTv2(Encoder):
                 tokens, grid = stage.downsample(maps[-1])
             for block in stage.blocks:
                 tokens = self.run_block(block, tokens, grid)
-                for layer in layers:
-                    if layer % depth == block_number:
-                        seen[layer] = _features(stage.norm(tokens), grid)
+                for asked in wanted.get(block_number, ()):
+                    seen[asked] = _features(stage.norm(tokens), grid)
                 block_number += 1
             tokens = stage.norm(tokens)
             maps.append(tokens.transpose(1, 2).unflatten(2, grid))  # [B, D, rows, columns]

@@ -35,7 +35,7 @@ from vitrail.components.window import (
     offset_bias,
     offset_index,
 )
-from vitrail.models.encoder import Encoder, Features, Fill, Stage, bias_by_offset
+from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks, bias_by_offset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +185,7 @@ class SwinBlock(nn.Module):
     """Pre-norm block: x + attention(norm(x)) within windows, then x + mlp(norm(x)) (equation 3).
 
     Taps: `mid` and `out` [B, N, D] after the residual sums, in the order of the image; those of the attention
-    are per window: `attn.weights` [B * W, H, n, n] (`layout(grid).expand` gives them per image).
+    are per window: `attn.weights` [B * W, H, n, n].
     """
 
     def __init__(self, config: SwinConfig, stage: int, shifted: bool, drop_path: float) -> None:
@@ -323,12 +323,7 @@ class WindowEncoder(Encoder):
 
     def encode(self, tokens: Tensor, grid: Grid, layers: Sequence[int] = ()) -> Features:
         """Run all stages, from the tokens of the first one, [B, N, D]."""
-        depth = sum(self.config.depths)
-        for layer in layers:
-            if not -depth <= layer < depth:
-                raise ValueError(
-                    f"layer {layer} of a model with {depth} blocks; expected {-depth} to {depth - 1}"
-                )
+        wanted = asked_blocks(layers, sum(self.config.depths))
         maps: list[Tensor] = []
         seen: dict[int, Features] = {}
         number = 0
@@ -337,11 +332,8 @@ class WindowEncoder(Encoder):
             tokens, grid = stage.enter(tokens, grid)
             for block in stage.blocks:
                 tokens = self.run_block(block, tokens, grid)
-                for layer in layers:
-                    if layer % depth == number:
-                        seen[layer] = _features(
-                            self.norm(tokens) if stage is self.layers[-1] else tokens, grid
-                        )
+                for asked in wanted.get(number, ()):
+                    seen[asked] = _features(self.norm(tokens) if stage is self.layers[-1] else tokens, grid)
                 number += 1
             maps.append(tokens.transpose(1, 2).unflatten(2, grid))  # [B, D, rows, columns]
         return replace(_features(self.final(self.norm(tokens)), grid), stages=tuple(maps), layers=seen)

@@ -41,7 +41,7 @@ from vitrail.components.position import (
 from vitrail.components.residual import DropPath, LayerScale, drop_path_rates
 from vitrail.components.sparse import SparsePattern, attend_top_k, top_k_density
 from vitrail.components.tap import Tap
-from vitrail.models.encoder import Encoder, Features, Fill, Stage, bias_by_offset
+from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks, bias_by_offset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,13 +317,7 @@ class ViT(Encoder):
         With `queries`, the last block computes only that many tokens, from the first on.
         """
         depth, num_prefix = len(self.blocks), self.config.num_prefix
-        wanted: dict[int, list[int]] = {}
-        for layer in layers:
-            if not -depth <= layer < depth:
-                raise ValueError(
-                    f"layer {layer} of a model with {depth} blocks; expected {-depth} to {depth - 1}"
-                )
-            wanted.setdefault(layer % depth, []).append(layer)
+        wanted = asked_blocks(layers, depth)
         index = None
         if keep is not None:
             prefix = torch.arange(num_prefix, device=keep.device).expand(keep.shape[0], -1)
