@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from vitrail.config import DataSection, RunConfig
     from vitrail.datasets import Images
+    from vitrail.reporting.analysis import Subject
 
 _LISTED_WEIGHTS = 24
 """So many sources of weights `vitrail models` lists below its table; of more it only says where they are."""
@@ -143,7 +144,7 @@ def _run(words: list[str]) -> None:
     explain.add_argument(
         "model", metavar="MODEL", help="run or model folder, timm:NAME.TAG, a hub repository as owner/name"
     )
-    explain.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
+    explain.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
     explain.add_argument(
         "--method",
         action="append",
@@ -151,9 +152,30 @@ def _run(words: list[str]) -> None:
         help="again for each; all: every method (default: quick ones)",
     )
     explain.add_argument("--target", metavar="CLASS", help="name or number of the class (default: predicted)")
+    explain.add_argument(
+        "--layers", type=int, nargs="+", metavar="N", help="layers to show, counted from 1 (default: all)"
+    )
+    explain.add_argument(
+        "--heads",
+        default="mean",
+        metavar="HEADS",
+        help="of the attention's picture: mean, max, min, all, or a number from 1 (default mean)",
+    )
     explain.add_argument("--output", type=Path, default=Path("explanation"), help="default explanation/")
     explain.add_argument("--json", action="store_true", help="print the numbers as JSON")
     explain.set_defaults(act=_explain)
+
+    analyze = verbs.add_parser("analyze", help="show what a model has learnt, on a data set, as a page")
+    analyze.add_argument(
+        "model", metavar="MODEL", help="run or model folder, timm:NAME.TAG, a hub repository as owner/name"
+    )
+    analyze.add_argument("dataset", metavar="DATASET", help="a name, a folder of images, or a hub id")
+    analyze.add_argument("--root", type=Path, help="folder with data sets; else VITRAIL_DATA")
+    analyze.add_argument("--against", metavar="MODEL", help="a second model, to stand beside the first")
+    analyze.add_argument("--images", type=int, default=1000, help="test images to use (default 1000)")
+    analyze.add_argument("--seed", type=int, default=0, help="which images are drawn (default 0)")
+    analyze.add_argument("--output", type=Path, help="default analysis/MODEL-DATASET/")
+    analyze.set_defaults(act=_analyze)
 
     report = verbs.add_parser("report", help="write a run's report again")
     report.add_argument("run", metavar="RUN", help="run folder")
@@ -531,21 +553,22 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from vitrail.explain.methods import find_methods
+    from vitrail.datasets.folder import image_files
     from vitrail.reporting.explanation import write_explanation
     from vitrail.serving import Predictor
 
-    methods = find_methods(options.method)
     predictor = Predictor.from_source(options.model)
     found = write_explanation(
         options.output,
-        options.images,
+        [file for path in options.images for file in image_files(Path(path))],
         model=predictor.model,
         preprocessing=predictor.preprocessing,
         classes=predictor.classes,
         title=options.model,
-        methods=methods,
+        methods=options.method,
         target=None if options.target is None else predictor.class_number(options.target),
+        layers=options.layers,
+        heads=int(options.heads) if options.heads.isdigit() else options.heads,
     )
     if options.json:
         print(json.dumps([own.to_dict() for own in found.images], indent=2))
@@ -553,6 +576,42 @@ def _explain(options: argparse.Namespace) -> None:
     for own in found.images:
         print(own.table())
     print(f"page {found.page}")
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from vitrail.reporting.analysis_page import write_analysis
+
+    names = (Path(name).resolve().name.replace(":", "-") for name in (options.model, options.dataset))
+    found = write_analysis(
+        options.output or Path("analysis") / "-".join(names),
+        _subject(options.model, options),
+        None if options.against is None else _subject(options.against, options),
+        images=options.images,
+        seed=options.seed,
+    )
+    print(found.found.text())
+    if found.comparison is not None:
+        print(f"{found.comparison.second.text()}\n{found.comparison.finding()}")
+    print(f"page {found.page}")
+
+
+def _subject(model: str, options: argparse.Namespace) -> Subject:
+    """A model with the images of the set in its own size, on the device that is there."""
+    import torch
+
+    from vitrail.config import DataSection
+    from vitrail.datasets import Preprocessing
+    from vitrail.pretrained.hub import from_pretrained
+    from vitrail.reporting.analysis import Subject
+
+    stored = from_pretrained(model)
+    return Subject(
+        title=model,
+        model=stored.model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        preprocessing=Preprocessing.from_dict(stored.preprocessing),
+        classes=stored.classes,
+        images=_test_images(DataSection(name=options.dataset, root=options.root), stored.preprocessing),
+    )
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -306,7 +306,7 @@ class ViTTransferLearning:
         self.keeps_features = freeze_backbone and has_one_head(self.model)
         self.classes = _numbered(num_classes)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not freeze_backbone or name.startswith("head"))
+            parameter.requires_grad_(not freeze_backbone or name.startswith(self.model.head_names))
 
     def fine_tune(
         self,

@@ -17,8 +17,8 @@ from tests.explain.test_attention import lively
 
 from vitrail.cli import main
 from vitrail.datasets import Preprocessing
-from vitrail.explain.attention import patch_attention
-from vitrail.explain.methods import METHODS, find_methods
+from vitrail.explain.attention import PatchAttention, patch_attention
+from vitrail.explain.methods import METHODS
 from vitrail.models import Encoder
 from vitrail.pretrained import save_model
 from vitrail.reporting.explanation import write_explanation
@@ -45,6 +45,92 @@ def data_of(page: str) -> list[dict[str, Any]]:
     return json.loads(found[1])
 
 
+def unpacked(layer: dict[str, Any], kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maps [H, class token + R, cells] that the page holds, and the largest size of each."""
+    packed = layer["maps"][kind]
+    with Image.open(io.BytesIO(base64.b64decode(packed["rows"].partition(",")[2]))) as rows:
+        levels = torch.tensor(np.asarray(rows)).float() / 255
+    shares = 2 * levels - 1 if packed["signed"] else levels
+    tops = torch.tensor(packed["top"])[:, None]
+    return (shares * tops).unflatten(0, (layer["heads"], -1)), tops.unflatten(0, (layer["heads"], -1))
+
+
+def maps_of(own: PatchAttention) -> torch.Tensor:
+    maps = own.values.flatten(2)
+    if own.class_token is not None:
+        maps = torch.cat([own.class_token.flatten(1)[:, None], maps], dim=1)
+    return maps
+
+
+def test_differential_attention_shows_both_maps_and_lambda(picture: Path, tmp_path: Path) -> None:
+    model = lively("diffvit_cifar", {})
+    preprocessing = prepared(model)
+    found = write_explanation(
+        tmp_path, [picture], model=model, preprocessing=preprocessing, classes=CLASSES, title="t", layers=[2]
+    )
+    (page,) = data_of(found.page.read_text())
+    (layer,) = page["layers"]
+    assert layer["number"] == 2
+    image = preprocessing.open_image(picture)[None]
+    (used, _), (first, _), (second, tops) = (unpacked(layer, kind) for kind in range(3))
+    assert ((used - (first - layer["lambda"] * second)).abs() <= 0.05 * tops).all()
+    expected = patch_attention(model, image, tap="weights2")[1]
+    assert ((second - maps_of(expected)).abs() <= 0.01 * tops + 1e-9).all()
+
+
+def test_a_model_without_a_head_shows_its_attention(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = lively("vit_cifar", {"num_classes": 0})
+    save_model(
+        tmp_path / "model", model, name="vit_cifar", classes=(), preprocessing=prepared(model).to_dict()
+    )
+    line = ["explain", str(tmp_path / "model"), str(picture), "--output", str(tmp_path / "out")]
+    for wrong, message in (
+        (["--method", "relevance"], "relevance explains the score of a class, and this model has no head"),
+        (["--target", "3"], "no class '3' among the 0 of the model"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main([*line, *wrong])
+        assert error.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    main([*line, "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["class"] is None
+    assert [set(own) for own in found["methods"]] == [{"method", "seconds"}]
+    with pytest.raises(SystemExit):
+        main(["predict", str(tmp_path / "model"), str(picture)])
+    assert "the model has no head, so it predicts nothing" in capsys.readouterr().err
+
+
+def test_classes_without_names_are_called_by_their_numbers(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = lively("vit_cifar", {})
+    save_model(
+        tmp_path / "model", model, name="vit_cifar", classes=(), preprocessing=prepared(model).to_dict()
+    )
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    picture.rename(folder / "a.png")
+    line = ["explain", str(tmp_path / "model"), str(folder), "--output", str(tmp_path / "out")]
+    main([*line, "--target", "7", "--layers", "1", "--heads", "all", "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["class"] == "7"
+    assert {own["class"] for own in found["predictions"]} < set(map(str, range(10)))
+    for wrong, message in (
+        (["--layers", "9"], "no layer 9: ViT has layers 1 to "),
+        (["--heads", "99"], "no head 99 in layer 1, which has heads 1 to "),
+        (["--heads", "some"], "heads: expected 'mean', 'max', 'min', 'all' or"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main([*line[:-1], str(tmp_path / "wrong"), *wrong])
+        assert error.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+
+
 @pytest.mark.parametrize(
     "name",
     ["vit_cifar", "swin_cifar", "pvt_cifar", "cait_cifar", "crossvit_cifar", "diffvit_cifar", "deit_cifar"],
@@ -69,16 +155,9 @@ def test_the_page_holds_the_attention_of_every_patch(name: str, picture: Path, t
     assert first["layers"] == second["layers"]
     expected = patch_attention(model, preprocessing.open_image(picture)[None])
     for layer, own in zip(first["layers"], expected, strict=True):
-        with Image.open(io.BytesIO(base64.b64decode(layer["rows"].partition(",")[2]))) as rows:
-            levels = torch.tensor(np.asarray(rows)).float() / 255
-        shares = 2 * levels - 1 if layer["signed"] else levels
-        values = (shares * torch.tensor(layer["top"])[:, None]).unflatten(0, (layer["heads"], -1))
-        tops = torch.tensor(layer["top"]).unflatten(0, (layer["heads"], -1))[:, :, None]
-        maps = own.values.flatten(2)
-        if layer["classToken"]:
-            assert own.class_token is not None
-            maps = torch.cat([own.class_token.flatten(1)[:, None], maps], dim=1)
-        assert ((values - maps).abs() <= 0.01 * tops + 1e-9).all()
+        values, tops = unpacked(layer, 0)
+        assert ((values - maps_of(own)).abs() <= 0.01 * tops + 1e-9).all()
+        assert layer["classToken"] == (own.class_token is not None)
     names = {own.name for own in (tmp_path / "out").iterdir()}
     assert names == {
         "explanation.html",
@@ -124,6 +203,5 @@ def test_a_bad_image_stops_before_anything_is_written(tmp_path: Path) -> None:
             preprocessing=prepared(model),
             classes=CLASSES,
             title="t",
-            methods=find_methods(None),
         )
     assert not (tmp_path / "out").exists()

@@ -156,6 +156,11 @@ def images_in(folder: Path, ignored: Counter[str]) -> list[str]:
     return sorted(_images([entry.name for entry in os.scandir(folder) if entry.is_file()], ignored))
 
 
+def image_files(path: Path) -> list[Path]:
+    """A file by itself; of a folder the images directly in it, by extension, sorted."""
+    return [path / name for name in images_in(path, Counter())] if path.is_dir() else [path]
+
+
 def _walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """Each folder below with the names of its files; a link back to a folder above is not followed."""
     real = os.path.realpath(folder)

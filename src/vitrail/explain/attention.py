@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitrail.components.flow import AttentionStep, Flow, Footprint, squares
-from vitrail.components.tap import edit
+from vitrail.components.tap import edit, taps
 from vitrail.models.encoder import Encoder
 
 Heads = Literal["mean", "max", "min", "all"] | int
+MapTap = Literal["weights", "weights1", "weights2"]
 Point = tuple[int, int]
 """Row and column of a pixel."""
 
@@ -60,7 +61,7 @@ def attention_maps(
     layers: Sequence[int] | None = None,
     heads: Heads = "mean",
     point: Point | None = None,
-    tap: Literal["weights", "weights1", "weights2"] = "weights",
+    tap: MapTap = "weights",
 ) -> list[AttentionMap]:
     """How much a token attends to each patch, layer by layer.
 
@@ -121,7 +122,9 @@ class PatchAttention:
 
 
 @torch.no_grad()
-def patch_attention(model: Encoder, image: Tensor, most: int = 16) -> list[PatchAttention]:
+def patch_attention(
+    model: Encoder, image: Tensor, most: int = 16, tap: MapTap = "weights"
+) -> list[PatchAttention]:
     """The attention of every patch in every layer and head, for one image.
 
     Grids with more than `most` rows or columns are put together in square blocks: the mean over the patches
@@ -131,32 +134,36 @@ def patch_attention(model: Encoder, image: Tensor, most: int = 16) -> list[Patch
         model: Any encoder, in evaluation mode.
         image: [1, C, height, width], normalised.
         most: Largest number of rows and columns.
+        tap: "weights1" and "weights2" are the two softmax maps of differential attention; layers that have
+            none are left out.
     """
     flow = model.flow((image.shape[2], image.shape[3]))
+    known = taps(model)
+    steps = [step for step in flow.attentions if f"{step.name}.{tap}" in known]
     found: dict[str, PatchAttention] = {}
 
     def see(step: AttentionStep, weights: Tensor) -> None:
         tokens = step.tokens
         branch, asked = (step.branch, step.tokens) if step.asked is None else step.asked
         blocks, asked_blocks = (squares(own.grid, -(-max(own.grid) // most)) for own in (tokens, asked))
+        asks = class_token_asks(flow, step)
         rows = []
-        if class_token_asks(flow, step):
+        if asks:
             rows.append(F.one_hot(torch.tensor([0]), tokens.count).float())
         if not step.class_only:
             each = blocks.spread(torch.eye(blocks.grid[0] * blocks.grid[1]))
             rows.append(F.pad(each, (tokens.prefix, 0)))
         drawn = draw(step, by_image(step, weights), torch.cat(rows).to(weights))[branch][0]  # [H, R, T]
         values = asked_blocks.collect(drawn[..., asked.prefix :].unflatten(-1, asked.grid))
-        first = int(class_token_asks(flow, step))
         found[step.name] = PatchAttention(
             layer=step.name,
-            values=values[:, first:],
-            class_token=values[:, 0] if first else None,
+            values=values[:, int(asks) :],
+            class_token=values[:, 0] if asks else None,
             asking=(0, 0) if step.class_only else blocks.grid,
         )
 
-    watch(model, image, flow.attentions, see)
-    return [found[step.name] for step in flow.attentions]
+    watch(model, image, steps, see, tap=tap)
+    return [found[step.name] for step in steps]
 
 
 def attention_layers(model: Encoder, image_shape: tuple[int, int] | None = None) -> list[str]:

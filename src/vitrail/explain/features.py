@@ -106,6 +106,41 @@ def nearest_patches(
     )
 
 
+class LayerVectors(NamedTuple):
+    """One vector an image after a layer, in the two ways that heads read tokens."""
+
+    patches: Tensor
+    """Mean of the patches, [B, D]."""
+    token: Tensor | None
+    """What a head that reads tokens would get: the class token, with distillation the mean of both, [B, D].
+    None where the head reads patches, or the token comes later (CaiT, PVT)."""
+
+    @property
+    def read(self) -> Tensor:
+        """The token where there is one, else the patches."""
+        return self.patches if self.token is None else self.token
+
+
+@torch.no_grad()
+def layer_vectors(model: Encoder, images: Tensor) -> list[LayerVectors]:
+    """The images as vectors after every layer, to be compared, clustered and classified.
+
+    Of sequence pooling (CCT), whose shares belong to the last layer, all patches count alike.
+
+    Args:
+        model: Any encoder, with or without a head.
+        images: [B, C, height, width], normalised.
+    """
+    tokens = model.flow((images.shape[2], images.shape[3])).reads[-1].prefix  # of CrossViT: the large branch
+    return [
+        LayerVectors(
+            patches=features.patches.mean(dim=1),
+            token=features.prefix[:, :tokens].mean(dim=1) if tokens and features.prefix.shape[1] else None,
+        )
+        for features in _by_layer(model, images, None).values()
+    ]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LogitLens:
     """What the head would answer after each layer."""
@@ -134,7 +169,7 @@ def logit_lens(model: Encoder, images: Tensor) -> LogitLens:
     Raises:
         ValueError: The model has no head.
     """
-    if not any(name.startswith(model.head_names) for name, _ in model.named_parameters()):
+    if not model.has_head:
         raise ValueError(
             f"{type(model).__name__} has no head to read its layers with; build it with num_classes, or call "
             "reset_classifier and train the head"

@@ -27,6 +27,8 @@ class Named:
     """What the map shows, in a sentence."""
     quick: bool = False
     """A pass or two of the model: fit for the default set."""
+    needs_class: bool = True
+    """It explains the score of a class, so the model must have a head."""
 
 
 def _shapley(model: Encoder, images: Tensor, target: Target) -> Tensor:
@@ -40,6 +42,7 @@ METHODS: dict[str, Named] = {
         signed=False,
         says="Attention followed through all layers. It does not know the class.",
         quick=True,
+        needs_class=False,
     ),
     "relevance": Named(
         title="Relevance",
@@ -118,17 +121,27 @@ METHODS: dict[str, Named] = {
 }
 
 
-def find_methods(names: list[str] | None) -> list[str]:
+def find_methods(names: list[str] | None, *, head: bool = True) -> list[str]:
     """Names of `METHODS`: the quick ones when none are given, all for "all".
 
+    Args:
+        names: What somebody asked for.
+        head: Whether the model has one; without, only methods that do not need a class will do.
+
     Raises:
-        ValueError: There is no such method.
+        ValueError: There is no such method, or it needs a class and there is none.
     """
+    fitting = [name for name, method in METHODS.items() if head or not method.needs_class]
     if not names:
-        return [name for name, method in METHODS.items() if method.quick]
+        return [name for name in fitting if METHODS[name].quick or not head]
     if names == ["all"]:
-        return list(METHODS)
+        return fitting
     for name in names:
         if name not in METHODS:
             raise ValueError(f"no method {name!r}: expected one of {', '.join(METHODS)}, or all")
+        if name not in fitting:
+            raise ValueError(
+                f"{name} explains the score of a class, and this model has no head; without one there are "
+                f"{' and '.join(fitting)}"
+            )
     return names

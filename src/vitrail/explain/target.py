@@ -39,7 +39,7 @@ def class_scores(model: Encoder, images: Tensor, target: Target = None) -> tuple
 
 def scores_of(model: Encoder, logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """`class_scores` from logits [B, K] that the model gave."""
-    if not any(name.startswith(model.head_names) for name, _ in model.named_parameters()):
+    if not model.has_head:
         raise ValueError(
             f"{type(model).__name__} has no head, so there is no class to explain; "
             "build it with num_classes, or call reset_classifier and train the head"

@@ -117,6 +117,11 @@ class Encoder(nn.Module, ABC):
     """Beginnings of the names of the classifier's parameters, which `reset_classifier` replaces."""
 
     @property
+    def has_head(self) -> bool:
+        """Whether there is a classifier; without one the "logits" are pooled features."""
+        return any(name.startswith(self.head_names) for name, _ in self.named_parameters())
+
+    @property
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:
         """Stride and width of each map that the encoder offers, finest first."""

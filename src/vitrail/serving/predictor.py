@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 
 from vitrail.datasets import BrokenImageError, Preprocessing
-from vitrail.datasets.folder import images_in
+from vitrail.datasets.folder import image_files
 from vitrail.models import Encoder
 from vitrail.pretrained.hub import from_pretrained
 
@@ -32,9 +31,10 @@ class Predictor:
     """Predicts with a model folder, or with the one of a run folder."""
 
     def __init__(self, model: Encoder, preprocessing: Preprocessing, classes: tuple[str, ...]) -> None:
+        """A model with its preprocessing; classes without names are called by their numbers."""
         self.model = model.eval()
         self.preprocessing = preprocessing
-        self.classes = classes
+        self.classes = classes or tuple(map(str, range(model.config.num_classes)))
 
     @classmethod
     def from_source(cls, source: str | Path) -> Self:
@@ -95,7 +95,7 @@ class Predictor:
         found: list[Prediction] = []
         broken: list[BrokenImageError] = []
         for path in map(Path, paths):
-            inside = [path / name for name in images_in(path, Counter())] if path.is_dir() else [path]
+            inside = image_files(path)
             files += inside
             if not inside:
                 broken.append(BrokenImageError(str(path), "no image files in this folder"))
@@ -112,6 +112,11 @@ class Predictor:
         return found, broken
 
     def _classified(self, names: Sequence[str], images: Sequence[torch.Tensor], top: int) -> list[Prediction]:
+        if not self.model.has_head:
+            raise ValueError(
+                "the model has no head, so it predicts nothing; train one on labelled images with "
+                "`vitrail train --model.pretrained MODEL`"
+            )
         best = self.model(torch.stack(list(images))).softmax(dim=1).topk(min(top, len(self.classes)), dim=1)
         return [
             Prediction(
