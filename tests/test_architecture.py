@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "models": {"components"},
     "pretrained": {"models", "components.position", "files", "torchvision_ops"},
     "datasets": {"config"},
-    "tasks": {"components", "models.encoder", "config"},
+    "tasks": {"components", "models.encoder", "config", "processes"},
     "training": {
         "models",
         "tasks",
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     },
     "evaluation": {"models.encoder", "datasets", "components", "files", "processes", "torchvision_ops"},
     "explain": {"components.flow", "components.tap", "models.encoder"},
-    "reporting": {"explain", "evaluation", "datasets", "models.encoder", "config", "files"},
+    "reporting": {"explain", "evaluation", "datasets", "models.encoder", "components.tap", "config", "files"},
     "studies": {"config", "explain", "files", "models", "training"},
     "serving": {"models", "pretrained", "datasets", "explain"},
 }

@@ -11,12 +11,13 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from vitrail.config import DataSection, RunConfig
-    from vitrail.datasets import Images
+    from vitrail.datasets import Images, Splits
     from vitrail.reporting.analysis import Subject
 
 _LISTED_WEIGHTS = 24
@@ -130,8 +131,28 @@ def _run(words: list[str]) -> None:
     evaluate.add_argument("--dataset", help="data set to test on; the run's own when not given")
     evaluate.add_argument("--root", type=Path, help="folder with data sets; else VITRAIL_DATA")
     evaluate.add_argument("--batch-size", "--batch_size", type=int, default=500, help="images at a time")
+    evaluate.add_argument(
+        "--robustness", action="store_true", help="also under noise, blur, occlusion, rotation, low contrast"
+    )
     evaluate.add_argument("--json", action="store_true", help="print all numbers as JSON")
     evaluate.set_defaults(act=_evaluate)
+
+    probe = verbs.add_parser("probe", help="judge frozen features: nearest neighbours, a linear classifier")
+    probe.add_argument("model", metavar="MODEL", help="run or model folder, timm:NAME.TAG, owner/name")
+    probe.add_argument("dataset", metavar="DATASET", help="a name, a folder of images, or a hub id")
+    probe.add_argument("--root", type=Path, help="folder with data sets; else VITRAIL_DATA")
+    probe.add_argument(
+        "--train-fraction",
+        "--train_fraction",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="share of the training images to learn from, the same of each class (default 1)",
+    )
+    probe.add_argument("--neighbours", type=int, default=20, metavar="K", help="how many vote (default 20)")
+    probe.add_argument("--batch-size", "--batch_size", type=int, default=500, help="images at a time")
+    probe.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    probe.set_defaults(act=_probe)
 
     predict = verbs.add_parser("predict", help="classify image files")
     predict.add_argument("run", metavar="RUN", help="run folder or model folder")
@@ -295,11 +316,8 @@ def _train(words: list[str]) -> None:
         report = write_report(
             folder, model=result.model, preprocessing=result.preprocessing, test=result.test
         )
-    low, high = result.metrics.accuracy_interval
-    print(
-        f"test accuracy {100 * result.metrics.accuracy:.2f} % "
-        f"(95 % interval {100 * low:.2f} to {100 * high:.2f}, {result.metrics.count} images)"
-    )
+    if result.metrics is not None:
+        print(result.metrics.headline())
     print(f"report {report}")
 
 
@@ -473,6 +491,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from vitrail.config import DataSection, load_config
     from vitrail.datasets import Preprocessing
     from vitrail.datasets.items import first_names
+    from vitrail.evaluation.corruptions import Robustness, robustness
     from vitrail.pretrained import load_model
     from vitrail.training import evaluate_and_write
 
@@ -485,21 +504,36 @@ def _evaluate(options: argparse.Namespace) -> None:
     wanted = {"name": options.dataset or data.name, "root": options.root or data.root}
     test = _test_images(data.model_copy(update=wanted), stored.preprocessing)
     name = test.name
+    if not stored.model.has_head:
+        raise ValueError(
+            f"{folder} has no head to test; judge its features with `vitrail probe {folder} {name}`"
+        )
     if test.classes != stored.classes:
         raise ValueError(
             f"the model's {len(stored.classes)} classes ({first_names(stored.classes)}) are not the "
             f"{len(test.classes)} of {name} ({first_names(test.classes)})"
         )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     metrics = evaluate_and_write(
         folder,
         stored.model,
         Preprocessing.from_dict(stored.preprocessing),
         test,
         batch_size=options.batch_size,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
     )
+    damaged: Robustness | None = None
+    if options.robustness:
+        damaged = robustness(
+            stored.model,
+            test,
+            Preprocessing.from_dict(stored.preprocessing),
+            batch_size=options.batch_size,
+            device=device,
+        )
     if options.json:
-        print(json.dumps(metrics.to_dict(), indent=2))
+        found = metrics.to_dict()
+        print(json.dumps(found if damaged is None else found | {"robustness": asdict(damaged)}, indent=2))
         return
     low, high = metrics.accuracy_interval
     print(f"{name} test, {metrics.count} images")
@@ -512,23 +546,62 @@ def _evaluate(options: argparse.Namespace) -> None:
     for score in metrics.per_class:
         numbers = f"{score.count:6d}  {score.precision:9.3f}  {score.recall:6.3f}  {score.f1:5.3f}"
         print(f"{score.name:<{width}}  {numbers}")
+    if damaged is not None:
+        print("accuracy on damaged images, severity 1 to 5, and their mean")
+        for corruption, shares in damaged.accuracy.items():
+            each = "  ".join(f"{100 * share:5.1f}" for share in shares)
+            print(f"{corruption:<{width}}  {each}  {100 * damaged.mean(corruption):5.1f} %")
+
+
+def _probe(options: argparse.Namespace) -> None:
+    import torch
+
+    from vitrail.config import DataSection
+    from vitrail.datasets import Preprocessing
+    from vitrail.evaluation.probe import probe
+    from vitrail.pretrained.hub import from_pretrained
+
+    stored = from_pretrained(options.model)
+    wanted = DataSection(name=options.dataset, root=options.root, train_fraction=options.train_fraction)
+    found = probe(
+        stored.model,
+        Preprocessing.from_dict(stored.preprocessing),
+        _splits(wanted, stored.preprocessing),
+        neighbours=options.neighbours,
+        batch_size=options.batch_size,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    print(
+        f"{found.train_images} training images, {found.test_images} test images, {found.dimensions} channels"
+    )
+    print(f"{found.neighbours} nearest neighbours  {found.knn.text()}")
+    print(f"linear classifier      {found.linear.text()}, C {found.strength:g}")
 
 
 def _test_images(data: DataSection, preprocessing: Mapping[str, Any]) -> Images:
     """The test images of a data section, as a model with this preprocessing takes them."""
+    return _splits(data.model_copy(update={"val_fraction": 0.0}), preprocessing).test
+
+
+def _splits(data: DataSection, preprocessing: Mapping[str, Any]) -> Splits:
+    """The images of a data section, as a model with this preprocessing takes them."""
     from vitrail.datasets import load_dataset
 
-    splits = load_dataset(
+    return load_dataset(
         data.name,
         root=data.root,
-        val_fraction=0.0,
+        val_fraction=data.val_fraction,
+        split_seed=data.split_seed,
+        train_fraction=data.train_fraction,
         img_size=tuple(preprocessing["img_size"]),
         in_chans=preprocessing["in_chans"],
         storage=data.storage,
         broken=data.broken,
         label_column=data.label_column,
     )
-    return splits.test
 
 
 def _predict(options: argparse.Namespace) -> None:

@@ -132,6 +132,12 @@ class AugmentSection(_Section):
     """Magnitude M of RandAugment, 0 to 10 (the paper's scale for CIFAR and ImageNet)."""
     erase: Fraction = 0.0
     """Probability of random erasing."""
+    jitter: NotNegative = 0.0
+    """Strength of colour jitter (brightness, contrast, saturation, hue): SimCLR's s, 0.5 to 1."""
+    grayscale: Fraction = 0.0
+    """Share of the images that lose their colours."""
+    blur: Fraction = 0.0
+    """Share of the images that are blurred, by up to 1 % of their size."""
     mixup: NotNegative = 0.0
     """Mixup's alpha."""
     cutmix: NotNegative = 0.0

@@ -49,7 +49,7 @@ from vitrail.serving import Predictor
 from vitrail.tasks import Batch, Classify
 from vitrail.training import optim
 from vitrail.training.checkpoint import TrainingState, restore_checkpoint
-from vitrail.training.features import cached_features, has_one_head
+from vitrail.evaluation.features import cached_features, has_one_head
 from vitrail.training.loop import Plan, fit
 from vitrail.training.run_folder import check_free, claimed
 from vitrail.training.setup import build_accelerator

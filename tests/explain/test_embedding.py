@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from vitrail.explain.embedding import Embedding, embed_features
+from vitrail.explain.embedding import Embedding, embed_features, knn_accuracy
 
 Array = npt.NDArray[Any]
 
@@ -180,3 +180,13 @@ def test_umap_keeps_classes_apart() -> None:
     first, second = (embed_features(features, labels, method="umap", seed=1).points for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert knn_by_hand(first, labels, 5) == 1
+
+
+@pytest.mark.parametrize("neighbours", [1, 5])
+def test_neighbours_alone(neighbours: int) -> None:
+    features, labels = digits(150)
+    found = knn_accuracy(torch.from_numpy(features), torch.from_numpy(labels), neighbours)
+    assert found == knn_by_hand(features, labels, neighbours)
+    assert found == embed_features(features, labels, neighbours=neighbours).knn_accuracy
+    with pytest.raises(ValueError, match="neighbours: expected 1 to 149 for 150 images, got 150"):
+        knn_accuracy(features, labels, 150)

@@ -20,6 +20,7 @@ from vitrail.explain.features import (
     class_logit,
     feature_colours,
     head_activation,
+    layer_vectors,
     logit_lens,
     maximise,
     nearest_patches,
@@ -129,6 +130,43 @@ def test_bad_colours() -> None:
             feature_colours(model, pixels(model) * torch.nan)
         with pytest.raises(ValueError, match="no images"):
             feature_colours(model, pixels(model, 0))
+
+
+# A vector an image
+
+READ_BY_TOKEN = {
+    "cait_cifar",
+    "crossvit_cifar",
+    "deit_cifar",
+    "diffvit_cifar_plain",
+    "pvt_cifar",
+    "vit_cifar_plain",
+    "vit_digits",
+    "vit_mnist_2blk",
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_vectors_are_what_heads_read(name: str) -> None:
+    model = tiny(name)
+    images = pixels(model)
+    with untouched(model):
+        found = layer_vectors(model, images)
+    expected = layers_of(model, images)
+    assert len(found) == len(expected)
+    reads_tokens = name in READ_BY_TOKEN
+    for layer, own in enumerate(found):
+        features = expected[layer]
+        assert torch.equal(own.patches, features.patches.mean(dim=1))
+        if reads_tokens and features.prefix.shape[1]:
+            tokens = 2 if name.startswith("deit") else 1
+            assert own.token is not None
+            torch.testing.assert_close(own.token, sum(features.prefix[:, n] for n in range(tokens)) / tokens)
+            assert own.read is own.token
+        else:
+            assert own.token is None
+            assert own.read is own.patches
+    assert (found[-1].token is not None) == reads_tokens
 
 
 # Nearest patches

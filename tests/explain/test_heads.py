@@ -10,7 +10,7 @@ from tests.explain.test_attention import ALL, full_matrices, images, lively, rec
 from torch import Tensor
 
 from vitrail.components.tap import edit, taps
-from vitrail.explain.heads import head_importance, head_statistics
+from vitrail.explain.heads import even_distance, head_importance, head_statistics
 
 
 def by_hand(model: Any, pixels: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -60,6 +60,25 @@ def test_uniform_attention_has_the_distance_of_geometry() -> None:
         torch.testing.assert_close(own.distance, torch.full((2,), mean), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(own.entropy, torch.ones(2))
         torch.testing.assert_close(own.prefix, torch.zeros(2), atol=1e-6, rtol=0)
+
+
+WITH_SCORES = [own for own in ALL if own[1].get("attention") is None]
+
+
+@pytest.mark.parametrize(("name", "changes"), WITH_SCORES)
+def test_even_distance_is_that_of_equal_scores(name: str, changes: dict[str, Any]) -> None:
+    model = lively(name, changes)
+
+    def alike(scores: Tensor) -> Tensor:  # what windows forbid stays forbidden
+        return torch.where(scores.isfinite(), 0.0, scores)
+
+    expected = even_distance(model, (22, 36))
+    with edit(model, {"*.scores*": alike}):
+        found = head_statistics(model, [torch.randn(1, model.config.in_chans, 22, 36)])
+    assert list(expected) == [own.layer for own in found]
+    for own in found:
+        distance = torch.full_like(own.distance, expected[own.layer])
+        torch.testing.assert_close(own.distance, distance, atol=1e-3, rtol=1e-4, equal_nan=True)
 
 
 def test_what_looks_at_places_and_what_at_contents() -> None:

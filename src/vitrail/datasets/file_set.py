@@ -138,6 +138,11 @@ class FileSet:
             BrokenImageError: An image that cannot be decoded; the message names it.
         """
         chosen = np.asarray(indices, dtype=np.int64)
+        return self.pixels(chosen, crops), torch.from_numpy(self.labels[chosen])
+
+    def pixels(self, indices: ArrayLike, crops: Sequence[Crop] | None = None) -> Tensor:
+        """`batch` without labels, which are not touched: uint8 [B, C, H, W]."""
+        chosen = np.asarray(indices, dtype=np.int64)
         images = torch.empty((len(chosen), self.in_chans, *self.img_size), dtype=torch.uint8)
         for row, index in enumerate(chosen.tolist()):
             images[row] = decode_resized(
@@ -147,7 +152,7 @@ class FileSet:
                 self.in_chans,
                 crop=None if crops is None else crops[row],
             )
-        return images, torch.from_numpy(self.labels[chosen])
+        return images
 
     def subset(self, indices: ArrayLike, *, split: str | None = None) -> FileSet:
         """A set of some of the images, in the order given.

@@ -104,7 +104,7 @@ class ImageSet:
         )
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.stored if self.rows is None else self.rows)
 
     @property
     def images(self) -> np.ndarray:
@@ -131,8 +131,13 @@ class ImageSet:
             Images, uint8 [B, C, H, W], and labels, int64 [B].
         """
         chosen = np.asarray(indices, dtype=np.int64)
+        return self.pixels(chosen), torch.from_numpy(self.labels[chosen])
+
+    def pixels(self, indices: ArrayLike) -> Tensor:
+        """`batch` without labels, which are not touched: uint8 [B, C, H, W]."""
+        chosen = np.asarray(indices, dtype=np.int64)
         rows = chosen if self.rows is None else self.rows[chosen]
-        return torch.from_numpy(self.stored.take(rows, axis=0)), torch.from_numpy(self.labels[chosen])
+        return torch.from_numpy(self.stored.take(rows, axis=0))
 
     def subset(self, indices: ArrayLike, *, split: str | None = None) -> ImageSet:
         """A set of some of the images, in the order given, that shares the stored pixels.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -103,6 +103,7 @@ class BatchReader:
         resized_crop: Smallest share of the area in a random resized crop of the original picture
             (`decode.random_crop`), above 0 to 1; None takes the whole picture. Of a `FileSet` only: of an
             `ImageSet` only the resized pictures are left, which are cropped in the batch.
+        labels: Whether labels are read; without, no label is touched, and those of a batch are empty, [0].
 
     Raises:
         ValueError: A number out of range, or a crop of an `ImageSet`.
@@ -119,6 +120,7 @@ class BatchReader:
         shard: tuple[int, int] = (0, 1),
         workers: int = 0,
         resized_crop: float | None = None,
+        labels: bool = True,
     ) -> None:
         steps_per_epoch(len(images), batch_size)
         rank, world = shard
@@ -138,7 +140,7 @@ class BatchReader:
                 )
             if not 0.0 < resized_crop <= 1.0:
                 raise ValueError(f"resized_crop: expected above 0 to 1, got {resized_crop}")
-        self._images = images
+        self._read = images.batch if labels else _pixels_alone(images)
         self._order = _Order(
             images=len(images),
             batch_size=batch_size,
@@ -147,7 +149,7 @@ class BatchReader:
             drop_last=drop_last,
             shard=shard,
         )
-        self._decoder = _Decoder(images, seed, resized_crop) if isinstance(images, FileSet) else None
+        self._decoder = _Decoder(images, seed, resized_crop, labels) if isinstance(images, FileSet) else None
         self._workers, self._parts = workers, _Parts()
         self._loader: DataLoader[_Pair | ValueError] | None = None
         self._loader_held: weakref.finalize | None = None
@@ -171,7 +173,7 @@ class BatchReader:
         parts = self._order.parts(epoch, start)
         if self._decoder is None:
             for part in parts:
-                yield self._images.batch(part.indices)
+                yield self._read(part.indices)
         elif not self._workers:
             for part in parts:
                 yield _raised(self._decoder[part])
@@ -255,8 +257,8 @@ class _Order:
 class _Decoder(Dataset[_Pair | ValueError]):
     """Decodes a part of a batch; runs in the worker processes."""
 
-    def __init__(self, images: FileSet, seed: int, resized_crop: float | None) -> None:
-        self.images, self.seed, self.resized_crop = images, seed, resized_crop
+    def __init__(self, images: FileSet, seed: int, resized_crop: float | None, labels: bool) -> None:
+        self.images, self.seed, self.resized_crop, self.labels = images, seed, resized_crop, labels
 
     def __getitem__(self, part: _Part) -> _Pair | ValueError:
         crops = None
@@ -266,7 +268,9 @@ class _Decoder(Dataset[_Pair | ValueError]):
             generators = [np.random.default_rng([self.seed, part.epoch, place]) for place in places]
             crops = [partial(random_crop, smallest=self.resized_crop, generator=own) for own in generators]
         try:
-            return self.images.batch(part.indices, crops)
+            if self.labels:
+                return self.images.batch(part.indices, crops)
+            return self.images.pixels(part.indices, crops), _no_labels()
         except ValueError as error:
             # As a value: the DataLoader would put a traceback into its message.
             return error
@@ -280,6 +284,14 @@ class _Parts:
 
     def __iter__(self) -> Iterator[_Part]:
         return self.next
+
+
+def _pixels_alone(images: Images) -> Callable[[np.ndarray], _Pair]:
+    return lambda indices: (images.pixels(indices), _no_labels())
+
+
+def _no_labels() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 def _raised(found: _Pair | ValueError) -> _Pair:

@@ -85,6 +85,14 @@ class ClassificationMetrics:
         """The same as plain numbers, lists and dictionaries, ready for JSON."""
         return asdict(self) | {"confusion": self.confusion.tolist()}
 
+    def headline(self) -> str:
+        """The accuracy in a line."""
+        low, high = self.accuracy_interval
+        return (
+            f"test accuracy {100 * self.accuracy:.2f} % "
+            f"(95 % interval {100 * low:.2f} to {100 * high:.2f}, {self.count} images)"
+        )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ClassificationMetrics:
         """Inverse of `to_dict`."""

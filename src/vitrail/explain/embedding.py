@@ -69,7 +69,7 @@ def embed_features(
     the smaller label.
 
     Args:
-        features: [N, D], such as `vitrail.training.features.backbone_features` gives.
+        features: [N, D], such as `vitrail.evaluation.features.backbone_features` gives.
         labels: [N] integers; any number of classes from two on.
         method: "pca", "tsne" or "umap" (needs the package umap-learn).
         neighbours: How many neighbours vote in `knn_accuracy`; odd numbers avoid ties between two classes.
@@ -84,11 +84,7 @@ def embed_features(
         raise ValueError(f"method: expected 'pca', 'tsne' or 'umap', got {method!r}")
     if method == "umap" and importlib.util.find_spec("umap") is None:
         raise ValueError("method 'umap' needs the package umap-learn: install it, or take 'tsne' or 'pca'")
-    if isinstance(features, Tensor):
-        features = features.detach().float().cpu().numpy()
-    if isinstance(labels, Tensor):
-        labels = labels.cpu().numpy()
-    values, classes = _checked(np.asarray(features), np.asarray(labels), neighbours)
+    values, classes = _checked(features, labels, neighbours)
     count = len(np.unique(classes))
     with threadpool_limits(1 if len(values) < THREADS_FROM else None, user_api="openmp"):
         points = _plane(values, method, seed)
@@ -105,10 +101,24 @@ def embed_features(
         )
 
 
+def knn_accuracy(
+    features: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor, neighbours: int = 5
+) -> float:
+    """`Embedding.knn_accuracy` alone, without a map; arguments and errors are those of `embed_features`."""
+    values, classes = _checked(features, labels, neighbours)
+    with threadpool_limits(1 if len(values) < THREADS_FROM else None, user_api="openmp"):
+        return _knn_accuracy(values, classes, neighbours)
+
+
 def _checked(
-    features: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], neighbours: int
+    features: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor, neighbours: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Features as float64 [N, D] and labels as int64 [N], fit for all that follows."""
+    if isinstance(features, Tensor):
+        features = features.detach().float().cpu().numpy()
+    if isinstance(labels, Tensor):
+        labels = labels.cpu().numpy()
+    features, labels = np.asarray(features), np.asarray(labels)
     if features.ndim != 2 or features.shape[1] < 2:
         raise ValueError(f"features: expected [N, D] with at least 2 channels, got {list(features.shape)}")
     N = len(features)

@@ -151,6 +151,31 @@ def _geometry(step: AttentionStep) -> tuple[Tensor, Tensor, Tensor]:
     return distance, asks, is_patch
 
 
+def even_distance(model: Encoder, image_shape: tuple[int, int]) -> dict[str, float]:
+    """The mean distance of heads that attend to all patches within their reach alike, in pixels.
+
+    What `LayerHeads.distance` is to be compared with: heads below it look near, heads above it far. Windows
+    and reduced keys are taken into account, patterns of sparse attention are not.
+
+    Args:
+        model: Any encoder.
+        image_shape: Height and width.
+
+    Returns:
+        Layer -> pixels; nan where no patch asks.
+    """
+    found = {}
+    for step in model.flow(image_shape).attentions:
+        distance, asks, is_patch = _geometry(step)
+        allowed = is_patch.expand_as(distance)
+        mask = None if step.windows is None else step.windows.mask()
+        if mask is not None:
+            allowed = allowed * (mask == 0)
+        far = (distance * allowed).sum(dim=-1) / allowed.sum(dim=-1).clamp(min=1)
+        found[step.name] = float(far[asks > 1].mean())
+    return found
+
+
 @torch.no_grad()
 def head_importance(
     model: Encoder,

@@ -179,8 +179,8 @@ def layer_similarity(
     """
     counted = BatchedCKA()
     for images in batches:
-        first = _layers(model, images)
-        counted.add(first, first if other is None else _layers(other, images))
+        first = layer_tokens(model, images)
+        counted.add(first, first if other is None else layer_tokens(other, images))
     values = counted.result()
     rows, columns = values.shape
     return LayerSimilarity(
@@ -191,8 +191,9 @@ def layer_similarity(
     )
 
 
-def _layers(model: Encoder, images: Tensor) -> list[Tensor]:
-    """All tokens after each block, [B, P + N, D] each."""
+@torch.no_grad()
+def layer_tokens(model: Encoder, images: Tensor) -> list[Tensor]:
+    """All tokens after each block, [B, P + N, D] each; what `layer_similarity` compares."""
     with evaluating(model):
         seen = model.forward_features(images, layers=range(len(model.block_names()))).layers
     return [_tokens(seen[layer]) for layer in sorted(seen)]

@@ -25,15 +25,17 @@ MOST_CLASSES_WITH_NUMBERS = 20
 
 @styled
 def curves(train: Rows, val: Rows, test: ClassificationMetrics | None) -> Figure:
-    """Loss against epochs, and accuracy where there is a validation split."""
+    """Loss against epochs, and accuracy (of features that of their neighbours) where there is validation."""
+    score = "accuracy" if any("accuracy" in row for row in val) else "knn_accuracy"
     figure = Figure(figsize=(WIDTH, 4.4 if val else 2.5))
     panels = figure.subplots(2 if val else 1, 1, sharex=True, squeeze=False)[:, 0]
     epochs, loss = _series(train, "loss")
     panels[0].plot(epochs, loss, color=BLUE, alpha=0.3, linewidth=0.9)
     panels[0].plot(epochs, _running_mean(loss), color=BLUE, marker=_marker(epochs), label="training")
     if val:
-        panels[0].plot(*_series(val, "loss"), color=AMBER, marker=".", label="validation")
-        panels[1].plot(*_series(val, "accuracy"), color=AMBER, marker=".", label="validation")
+        if any("loss" in row for row in val):
+            panels[0].plot(*_series(val, "loss"), color=AMBER, marker=".", label="validation")
+        panels[1].plot(*_series(val, score), color=AMBER, marker=".", label="validation")
     if val and test is not None:
         panels[1].axhline(
             test.accuracy, color=INK, linestyle=(0, (4, 3)), linewidth=1, label="test, after training"
@@ -41,12 +43,46 @@ def curves(train: Rows, val: Rows, test: ClassificationMetrics | None) -> Figure
         panels[1].axhspan(*test.accuracy_interval, color=INK, alpha=0.08, linewidth=0)
     panels[0].set_title("Loss")
     if val:
-        panels[1].set_title("Accuracy")
+        panels[1].set_title("Accuracy" if score == "accuracy" else "Accuracy of the 20 nearest neighbours")
         panels[1].yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in panels:
         axes.legend()
         axes.margins(x=0.01)
     panels[-1].set_xlabel("epoch")
+    return figure
+
+
+USUAL = {"kind", "step", "epoch", "loss", "lr", "images_per_second", "grad_norm", "grad_norms"}
+"""What every task logs; the rest is a task's own."""
+
+
+def own_numbers(train: Rows, val: Rows) -> list[tuple[str, Rows]]:
+    """Names of the numbers that a task logs beside the usual ones, with the rows that hold them."""
+    found = [
+        (name, train) for name in dict.fromkeys(key for row in train for key in row) if name not in USUAL
+    ]
+    return found + [
+        (name, val) for name in ("feature_std", "effective_rank") if any(name in row for row in val)
+    ]
+
+
+@styled
+def details(train: Rows, val: Rows) -> Figure:
+    """The parts of the loss, and what says whether the features are healthy, a small panel each."""
+    numbers = own_numbers(train, val)
+    rows = -(-len(numbers) // 2)
+    figure = Figure(figsize=(WIDTH, 0.3 + 1.35 * rows))
+    panels = figure.subplots(rows, 2, sharex=True, squeeze=False).ravel()
+    for axes, (name, lines) in zip(panels, numbers, strict=False):
+        epochs, values = _series(lines, name)
+        axes.plot(epochs, values, color=BLUE if lines is train else AMBER, marker=_marker(epochs))
+        axes.set_title(name.replace("_", " "))
+        axes.margins(x=0.01)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    for axes in panels[len(numbers) :]:
+        axes.set_axis_off()
+    for axes in panels[-2:]:
+        axes.set_xlabel("epoch")
     return figure
 
 

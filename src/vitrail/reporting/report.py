@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from vitrail.config import load_config
 from vitrail.datasets import Images, Preprocessing
 from vitrail.evaluation.metrics import ClassificationMetrics, Evaluation, read_evaluation
+from vitrail.evaluation.representation import RepresentationMetrics
 from vitrail.explain.attention import attention_layers, attention_maps
 from vitrail.explain.draw import INK, RED, image_grid, label, png, similarity_grid
 from vitrail.explain.health import CollapseReport, attention_collapse, finding
@@ -76,10 +77,12 @@ def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, tes
     manifest = json.loads((run / "manifest.json").read_text()) if (run / "manifest.json").is_file() else {}
     evaluation = _read_evaluation(run, test)
     metrics = None if evaluation is None else evaluation.metrics
+    features = _read_features(run / "evaluation" / f"{test.name}-{test.split}-features.json")
     model.eval()
 
     drawn = (
         _draw_augmented(run / "augmented.npy")
+        | _draw_reconstructed(run / "reconstructed.npy")
         | _draw_training(lines, metrics)
         | _draw_test(test, evaluation)
         | _draw_inside(model, preprocessing, test)
@@ -105,7 +108,7 @@ def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, tes
         title=f"{config.model.name} on {config.data.name}",
         run=run.resolve().name,
         test=test,
-        headline=list(_headline(manifest, metrics, lines)),
+        headline=list(_headline(manifest, metrics, features, lines)),
         finished=manifest.get("finished"),
         hardware=_machine(manifest.get("hardware", {})),
         command=manifest.get("command"),
@@ -113,6 +116,7 @@ def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, tes
         pictures=pictures,
         absent=absent,
         metrics=metrics,
+        features=features,
         classes=[] if metrics is None else list(enumerate(metrics.per_class)),
         confusions=[] if metrics is None else _most_confused(metrics),
         config=(run / "config.yaml").read_text(),
@@ -146,6 +150,10 @@ def _read_evaluation(run: Path, test: Images) -> Evaluation | None:
     return evaluation
 
 
+def _read_features(path: Path) -> RepresentationMetrics | None:
+    return RepresentationMetrics(**json.loads(path.read_text())) if path.is_file() else None
+
+
 Drawn = dict[str, Figure | str]
 """Pictures by file name; a sentence where there is none, and why."""
 
@@ -157,12 +165,24 @@ def _draw_augmented(path: Path) -> Drawn:
     return {"augmented": image_grid(images, [""] * len(images), columns=5)}
 
 
+def _draw_reconstructed(path: Path) -> Drawn:
+    """Rows of three: what the model saw, what it made of it, and the whole image."""
+    if not path.is_file():
+        return {}
+    images = torch.from_numpy(np.load(path)).transpose(0, 1).flatten(0, 1)  # [3 N, C, H, W]
+    captions = ["seen", "guessed", "original"] * (len(images) // 3)
+    return {"reconstructed": image_grid(images, captions, columns=6)}
+
+
 def _draw_training(lines: Mapping[str, list[dict[str, Any]]], metrics: ClassificationMetrics | None) -> Drawn:
     train = lines["train"]
     if not train:
         return {"curves": UNTRAINED, "learning_rate": UNTRAINED, "gradients": UNTRAINED}
+    drawn: Drawn = {}
+    if figures.own_numbers(train, lines["val"]):
+        drawn["details"] = figures.details(train, lines["val"])
     has_gradients = any(line.get("grad_norms") for line in train)
-    return {
+    return drawn | {
         "curves": figures.curves(train, lines["val"], metrics),
         "learning_rate": figures.learning_rate(train),
         "gradients": figures.gradients(train) if has_gradients else "The run has logged no gradient norms.",
@@ -256,6 +276,7 @@ def _most_confused(metrics: ClassificationMetrics, most: int = 10) -> list[Confu
 def _headline(
     manifest: Mapping[str, Any],
     metrics: ClassificationMetrics | None,
+    features: RepresentationMetrics | None,
     lines: Mapping[str, list[dict[str, Any]]],
 ) -> Iterator[tuple[str, str, str]]:
     """What to show in large numbers: name, value, detail."""
@@ -269,11 +290,20 @@ def _headline(
         if metrics.top5 is not None:
             yield "Among the five best", _percent(metrics.top5), "top-5 accuracy"
         yield "Test loss", f"{metrics.loss:.3f}", f"cross-entropy, macro F1 {_percent(metrics.macro_f1)}"
+    elif features is not None:
+        low, high = features.knn_interval
+        interval = (
+            f"95 % interval {100 * low:.2f} to {_percent(high)}, {_thousands(features.count)} test images"
+        )
+        yield "Neighbours agree", _percent(features.knn_accuracy), f"k-NN accuracy; {interval}"
+        rank = f"of {features.dimensions}: how many directions the features use"
+        yield "Effective rank", f"{features.effective_rank:.1f}", rank
     elif lines["val"]:
         last = lines["val"][-1]
+        name = "accuracy" if "accuracy" in last else "knn_accuracy"
         yield (
-            "Validation accuracy",
-            _percent(last["accuracy"]),
+            "Validation accuracy" if name == "accuracy" else "Neighbours agree",
+            _percent(last[name]),
             f"at step {last['step']}; no test results yet",
         )
     known = manifest.get

@@ -8,11 +8,61 @@ from typing import Any
 from vitrail.config import nearest
 from vitrail.models.encoder import Encoder
 from vitrail.tasks.classify import Classify
-from vitrail.tasks.task import Batch, Task, Views
+from vitrail.tasks.combined import MAEInfoNCE
+from vitrail.tasks.contrastive import ClassifyInfoNCE, InfoNCE, SupCon
+from vitrail.tasks.dino import DINO
+from vitrail.tasks.distill import Distill
+from vitrail.tasks.jepa import JEPA
+from vitrail.tasks.jigsaw import Jigsaw
+from vitrail.tasks.mae import MAE
+from vitrail.tasks.simmim import SimMIM
+from vitrail.tasks.task import Batch, Reconstructs, Task, Views
 
-__all__ = ["TASKS", "Batch", "Classify", "Task", "Views", "build_task"]
+__all__ = [
+    "DINO",
+    "JEPA",
+    "MAE",
+    "TASKS",
+    "Batch",
+    "Classify",
+    "ClassifyInfoNCE",
+    "Distill",
+    "InfoNCE",
+    "Jigsaw",
+    "MAEInfoNCE",
+    "Reconstructs",
+    "SimMIM",
+    "SupCon",
+    "Task",
+    "Views",
+    "build_task",
+    "find_task",
+]
 
-TASKS: dict[str, type[Task]] = {"classify": Classify}
+TASKS: dict[str, type[Task]] = {
+    "classify": Classify,
+    "classify_infonce": ClassifyInfoNCE,
+    "distill": Distill,
+    "mae": MAE,
+    "simmim": SimMIM,
+    "jepa": JEPA,
+    "jigsaw": Jigsaw,
+    "infonce": InfoNCE,
+    "supcon": SupCon,
+    "dino": DINO,
+    "mae_infonce": MAEInfoNCE,
+}
+
+
+def find_task(name: str) -> type[Task]:
+    """The class of a task.
+
+    Raises:
+        ValueError: Unknown task; the message names the nearest.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: {nearest(name, TASKS)}")
+    return TASKS[name]
 
 
 def build_task(name: str, model: Encoder, **options: Any) -> Task:
@@ -21,10 +71,10 @@ def build_task(name: str, model: Encoder, **options: Any) -> Task:
     Raises:
         ValueError: Unknown task or option; the message names the nearest.
     """
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: {nearest(name, TASKS)}")
-    known = [key for key in inspect.signature(TASKS[name]).parameters if key != "model"]
+    kind: Any = find_task(name)
+    known = [key for key in inspect.signature(kind).parameters if key != "model"]
     for key in options:
         if key not in known:
             raise ValueError(f"task {name} has no option {key!r}: {nearest(key, known)}")
-    return TASKS[name](model, **options)
+    task: Task = kind(model, **options)
+    return task

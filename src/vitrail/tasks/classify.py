@@ -15,7 +15,7 @@ from vitrail.tasks.task import Batch, Task
 class Classify(Task):
     """Cross-entropy of a model's logits."""
 
-    needs_labels = True
+    classifies = needs_labels = True
 
     def __init__(self, model: Encoder, *, label_smoothing: float = 0.0) -> None:
         super().__init__()

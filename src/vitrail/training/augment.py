@@ -68,13 +68,21 @@ class Augment:
     def __init__(self, section: AugmentSection) -> None:
         self.section = section
 
-    def __call__(self, images: Tensor, generator: torch.Generator, *, strong: bool = True) -> Tensor:
+    def __call__(
+        self,
+        images: Tensor,
+        generator: torch.Generator,
+        *,
+        strong: bool = True,
+        area: tuple[float, float] | None = None,
+    ) -> Tensor:
         """Change each image of a batch at random: flip, crop, geometry, RandAugment, erasing, in this order.
 
         Args:
             images: uint8 [B, C, H, W] with 1 or 3 channels, on any device; stays as it is.
             generator: On the CPU; the only source of randomness.
             strong: Whether RandAugment and erasing take part (they end at the section's `stop_at`).
+            area: Smallest and largest share of the area that is shown; None: from `resized_crop` to all.
 
         Returns:
             float32 [B, C, H, W], 0 to 1, on the same device.
@@ -82,7 +90,7 @@ class Augment:
         section = self.section
         if section.flip or section.crop:
             images = _flip_and_crop(images, section, generator)
-        matrices = self._geometry(images, generator)
+        matrices = self._geometry(images, generator, area)
         pixels = images.float().div_(255)
         if strong and section.randaugment:
             pixels = _randaugment(pixels, matrices, section, generator)
@@ -92,14 +100,16 @@ class Augment:
             pixels = _erase_some(pixels, section.erase, generator)
         return pixels
 
-    def _geometry(self, images: Tensor, generator: torch.Generator) -> Tensor | None:
+    def _geometry(
+        self, images: Tensor, generator: torch.Generator, area: tuple[float, float] | None
+    ) -> Tensor | None:
         """Random matrices [B, 3, 3] on the CPU for all geometric parts together, None where all are off."""
         section, (count, _, height, width) = self.section, images.shape
         parts = []
-        if section.resized_crop:
-            crop_heights, crop_widths = _random_sizes(
-                count, (height, width), (section.resized_crop, 1.0), _CROP_ASPECT, generator
-            )
+        if area is None and section.resized_crop:
+            area = section.resized_crop, 1.0
+        if area is not None:
+            crop_heights, crop_widths = _random_sizes(count, (height, width), area, _CROP_ASPECT, generator)
             x, y = (torch.rand(2, count, generator=generator) - 0.5) * torch.stack(
                 [width - crop_widths, height - crop_heights]
             )
@@ -267,12 +277,12 @@ def posterize(images: Tensor, bits: int) -> Tensor:
 
 def adjust_color(images: Tensor, factors: Tensor) -> Tensor:
     """Scale the saturation: 0 is grey, 1 no change. [B, C, H, W], 0 to 1; factors [B]."""
-    return images if images.shape[1] == 1 else _blend(_grey(images), images, factors)
+    return images if images.shape[1] == 1 else _blend(luminance(images), images, factors)
 
 
 def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Scale the contrast: 0 is the image's mean grey, 1 no change. [B, C, H, W], 0 to 1; factors [B]."""
-    return _blend(_grey(images).mean((1, 2, 3), keepdim=True), images, factors)
+    return _blend(luminance(images).mean((1, 2, 3), keepdim=True), images, factors)
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
@@ -341,7 +351,7 @@ def _levels(images: Tensor) -> Tensor:
     return images.mul(255).round_()
 
 
-def _grey(images: Tensor) -> Tensor:
+def luminance(images: Tensor) -> Tensor:
     """Luma of ITU-R 601, [B, 1, H, W]."""
     if images.shape[1] == 1:
         return images

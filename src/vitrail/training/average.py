@@ -44,6 +44,11 @@ class MovingAverage:
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers; of sharded ones (FSDP2) this process's part."""
-    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    """Parameters and stored buffers; of sharded ones (FSDP2) this process's part.
+
+    Buffers that are not stored are tables that never change, and some hold infinities.
+    """
+    stored = model.state_dict().keys()
+    buffers = [buffer for name, buffer in model.named_buffers() if name in stored]
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *buffers)]
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]

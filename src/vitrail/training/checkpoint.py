@@ -54,7 +54,7 @@ class TrainingState:
     seconds: float = 0.0
     """Training time so far, that of interrupted parts included."""
     best: float | None = None
-    """Highest validation accuracy so far, kept where a run may stop early."""
+    """Highest validation score so far, kept where a run may stop early."""
     best_step: int = 0
     """The step after which it was reached."""
     best_weights: dict[str, Tensor] | None = None

@@ -79,7 +79,13 @@ class RunLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if record["kind"] == "val":
-            text = f"{self._loss}val loss {record['loss']:.4f}  val accuracy {100 * record['accuracy']:.2f} %"
+            if "accuracy" in record:
+                found = f"val loss {record['loss']:.4f}  val accuracy {100 * record['accuracy']:.2f} %"
+            else:
+                found = (
+                    f"k-NN accuracy {100 * record['knn_accuracy']:.2f} %  rank {record['effective_rank']:.1f}"
+                )
+            text = f"{self._loss}{found}"
         else:
             self._loss = f"loss {record['loss']:.4f}  "
             text = f"{self._loss}{record['images_per_second']:.0f} images/s"

@@ -64,6 +64,7 @@ def fit(
     micro_batch: int | None = None,
     split_on_out_of_memory: bool = False,
     patience: int = 0,
+    score: str = "accuracy",
     sharded: bool = False,
     compile: bool = False,  # noqa: A002  (the field's word)
     watch: Callable[[dict[str, Any]], list[str]] | None = None,
@@ -79,11 +80,12 @@ def fit(
         clip_norm: Largest gradient norm; 0: no clipping.
         metrics: The `metrics.jsonl` to write.
         seed: Decides dropout, together with step and process.
-        evaluate: Model -> {"loss", "accuracy", ...}, or None without validation images.
+        evaluate: Model -> numbers, among them `score`; or None without validation images.
         checkpoints: Folder to save into; None: nothing is saved.
         micro_batch: Images that a process takes at a time; the gradients of a batch are added up.
         split_on_out_of_memory: Halve `micro_batch` when memory does not suffice, and go on.
         patience: Stop after so many evaluations without a better one; 0: never.
+        score: The number of an evaluation by which it is better or not.
         sharded: The task's model is sharded (FSDP2); else several processes hold copies (DDP).
         compile: Run the task through torch.compile.
         watch: Given each record, returns warnings to print.
@@ -149,7 +151,7 @@ def fit(
             logging = done % plan.log_every == 0 or done == plan.total
             if accelerator.scaler is not None:
                 accelerator.scaler.unscale_(optimizer)
-            layer_norms = gradient_norms(task.trained()) if logging else {}
+            layer_norms = gradient_norms(task.model) if logging else {}
             if clip_norm:
                 grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
             elif logging or on_cpu:
@@ -211,8 +213,8 @@ def fit(
                 log.write(record)
                 for warning in watch(record) if watch is not None else ():
                     log.say(f"warning: {warning}")
-                if patience and (state.best is None or record["accuracy"] > state.best):
-                    state.best, state.best_step = record["accuracy"], done
+                if patience and (state.best is None or record[score] > state.best):
+                    state.best, state.best_step = record[score], done
                     state.best_weights = unsharded_state(state.model())
                 stopping = _no_longer_better(state, patience, plan)
                 since += time.perf_counter() - paused

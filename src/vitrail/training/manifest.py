@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ def manifest(
     state: TrainingState,
     model: Encoder,
     *,
-    test_accuracy: float,
+    measured: Mapping[str, float],
     command: str,
     cpu_seconds: float,
     resumed_at: int,
@@ -36,7 +37,7 @@ def manifest(
         run: As it was prepared.
         state: At the end.
         model: The finished model, whole.
-        test_accuracy: Share, 0 to 1.
+        measured: What the test found: "test_accuracy", or "knn_accuracy" of features, 0 to 1.
         command: What repeats the run.
         cpu_seconds: Of this process, since the training began or went on.
         resumed_at: The step at which this process took the run up; 0: it began it.
@@ -57,7 +58,7 @@ def manifest(
         "training_seconds": round(state.seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
         "resumed_at_step": resumed_at or None,
-        "test_accuracy": test_accuracy,
+        **measured,
         "data": {
             name: {"images": len(part), "fingerprint": part.fingerprint}
             for name, part in parts

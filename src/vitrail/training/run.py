@@ -6,7 +6,8 @@ runs/<name>/
   augmented.npy      the first training images as the model saw them, uint8 [N, C, H, W]
   checkpoints/       last.pt, from which --resume goes on, and previous.pt
   model/             the model folder
-  evaluation/        accuracy, per-class numbers, probabilities on the test images
+  evaluation/        accuracy, per-class numbers, probabilities on the test images; or what features are worth
+  reconstructed.npy  test images as a task saw them, guessed them, and as they are, where it hides pixels
   manifest.json      versions, hardware, data, seeds, images seen, compute, time
 """
 
@@ -33,11 +34,13 @@ from vitrail.datasets import Images, Preprocessing, Splits
 from vitrail.evaluation.cost import count_parameters
 from vitrail.evaluation.inference import predict_logits
 from vitrail.evaluation.metrics import ClassificationMetrics, classification_metrics, write_evaluation
+from vitrail.evaluation.representation import RepresentationMetrics, representation_metrics
 from vitrail.explain.health import attention_collapse
 from vitrail.files import write_whole
 from vitrail.models import Encoder
 from vitrail.pretrained import save_model
 from vitrail.processes import is_main, world
+from vitrail.tasks import Reconstructs
 from vitrail.training.average import MovingAverage
 from vitrail.training.checkpoint import TrainingState, restore_checkpoint
 from vitrail.training.diagnose import first_nonfinite
@@ -50,10 +53,16 @@ from vitrail.training.setup import Run, prepare, training_batches
 from vitrail.training.sharding import shard_model, unsharded_state
 from vitrail.training.watch import Watch
 
+JUDGED = 5000
+"""Images at most by which features without a classifier are judged."""
 WATCHED = 16
 """Validation images on which the attention is watched."""
 _SMALL_INPUT = 100
 """Height and width in pixels below which a model is one for small pictures."""
+
+
+Metrics = ClassificationMetrics | RepresentationMetrics
+"""What a classifier is worth, or features without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +73,8 @@ class Result:
     model: Encoder
     preprocessing: Preprocessing
     test: Images
-    metrics: ClassificationMetrics
+    metrics: Metrics | None
+    """Of the test images; None where there are none."""
     already_finished: bool = False
     """It was resumed after its end: nothing was trained, and nothing written."""
 
@@ -120,10 +130,23 @@ def _train(run: Run, folder: Path, command: str) -> Result:
             what = "without effect on a finished run" if finished else f"goes on after step {resumed_at} with"
             print(f"{what}: {', '.join(others)}", file=sys.stderr)
 
-    def logits_of(model: nn.Module, images: Images) -> Tensor:
+    run.task.begin(run.plan.total)
+
+    def answers(model: nn.Module, images: Images) -> Tensor:
+        """Logits, or what a head would receive where there is none."""
         return predict_logits(
             model, images, run.preprocessing, batch_size=section.eval_batch_size, device=device
         )
+
+    def test(model: nn.Module) -> tuple[Tensor | None, Metrics | None]:
+        images = splits.test
+        if run.task.classifies:
+            logits = answers(model, images)
+            return logits, _measure(logits, images)
+        judged = images.subset(np.arange(min(len(images), JUDGED)))
+        if len(judged) < 2:
+            return None, None
+        return None, representation_metrics(answers(model, judged), judged.labels)
 
     if finished:
         model = _finished_model(state, sharded)
@@ -132,7 +155,7 @@ def _train(run: Run, folder: Path, command: str) -> Result:
             model=model,
             preprocessing=run.preprocessing,
             test=splits.test,
-            metrics=_measure(logits_of(state.model(), splits.test), splits.test),
+            metrics=test(state.model())[1],
             already_finished=True,
         )
     if is_main():
@@ -142,23 +165,36 @@ def _train(run: Run, folder: Path, command: str) -> Result:
             print(run.loaded.text())
 
     watch = Watch(
-        total=run.plan.total, clip_norm=config.optim.clip_norm, num_classes=len(splits.train.classes)
+        total=run.plan.total,
+        clip_norm=config.optim.clip_norm,
+        num_classes=len(splits.train.classes) if config.task.name == "classify" else None,
     )
     for record in records_until(folder / "metrics.jsonl", state.step) if state.step else ():
         watch.observe(record)  # what was said before the run was interrupted is not said again
     if splits.val is not None:
-        images, _ = splits.val.batch(np.arange(min(len(splits.val), WATCHED)))
-        watched = run.preprocessing.prepare(images.to(device))
+        watched = run.preprocessing.prepare(
+            splits.val.pixels(np.arange(min(len(splits.val), WATCHED))).to(device)
+        )
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
         assert splits.val is not None
         assert isinstance(model, Encoder)
-        logits = logits_of(model, splits.val)
+        collapse = attention_collapse(model, watched)
+        if not run.task.classifies:
+            judged = splits.val.subset(np.arange(min(len(splits.val), JUDGED)))
+            found = representation_metrics(answers(model, judged), judged.labels)
+            return {
+                "knn_accuracy": found.knn_accuracy,
+                "feature_std": found.feature_std,
+                "effective_rank": found.effective_rank,
+                "collapse": collapse,
+            }
+        logits = answers(model, splits.val)
         labels = torch.from_numpy(splits.val.labels)
         return {
             "loss": float(F.cross_entropy(logits, labels)),
             "accuracy": float((logits.argmax(dim=1) == labels).float().mean()),
-            "collapse": attention_collapse(model, watched),
+            "collapse": collapse,
         }
 
     try:
@@ -178,6 +214,7 @@ def _train(run: Run, folder: Path, command: str) -> Result:
             micro_batch=None if section.micro_batch == "auto" else section.micro_batch,
             split_on_out_of_memory=section.micro_batch == "auto",
             patience=section.patience,
+            score="accuracy" if run.task.classifies else "knn_accuracy",
             sharded=sharded,
             compile=section.compile,
             watch=watch.observe,
@@ -196,19 +233,29 @@ def _train(run: Run, folder: Path, command: str) -> Result:
             folder / "model",
             model,
             name=config.model.name,
-            classes=splits.train.classes,
+            classes=splits.train.classes if run.task.classifies else (),
             preprocessing=run.preprocessing.to_dict(),
         )
     # A sharded model needs every process; the finished copy is whole.
-    logits = logits_of(state.model(), splits.test)
-    metrics = _measure(logits, splits.test)
+    logits, metrics = test(state.model())
     if is_main():
-        _write_evaluation(folder, logits, splits.test, metrics)
+        measured: dict[str, float] = {}
+        if isinstance(metrics, ClassificationMetrics):
+            assert logits is not None
+            _write_evaluation(folder, logits, splits.test, metrics)
+            measured["test_accuracy"] = metrics.accuracy
+        elif metrics is not None:
+            (folder / "evaluation").mkdir(exist_ok=True)
+            name = f"{splits.test.name}-{splits.test.split}-features.json"
+            write_whole(folder / "evaluation" / name, json.dumps(metrics.to_dict(), indent=2) + "\n")
+            measured["knn_accuracy"] = metrics.knn_accuracy
+        if isinstance(run.task, Reconstructs):
+            write_whole(folder / "reconstructed.npy", _reconstructed_examples(run))
         content = manifest(
             run,
             state,
             model,
-            test_accuracy=metrics.accuracy,
+            measured=measured,
             command=command,
             cpu_seconds=time.process_time() - cpu_began,
             resumed_at=resumed_at,
@@ -289,13 +336,27 @@ def _finished_model(state: TrainingState, sharded: bool) -> Encoder:
 
 
 def _augmented_examples(run: Run, most: int = 20) -> bytes:
-    """The first training images after augmentation, before normalisation, as an .npy file."""
-    images = next(training_batches(run, 0))["images"][:most].cpu()
-    mean, std = (
-        torch.tensor(own).view(1, -1, 1, 1) for own in (run.preprocessing.mean, run.preprocessing.std)
-    )
+    """The first training images after augmentation, all views of each, as an .npy: uint8 [N, C, H, W]."""
+    batch = next(training_batches(run, 0))
+    images = batch["images"] if "images" in batch else batch["views"].flatten(0, 1)
     content = io.BytesIO()
-    np.save(content, ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    np.save(content, run.preprocessing.denormalise(images[:most].cpu()).numpy())
+    return content.getvalue()
+
+
+def _reconstructed_examples(run: Run, most: int = 8) -> bytes:
+    """What the task makes of some images that it has not learnt from, as an .npy file.
+
+    uint8 [3, N, C, H, W]: what the model saw (hidden pixels in the mean colour), its guess, the original.
+    """
+    assert isinstance(run.task, Reconstructs)
+    images = run.splits.test if len(run.splits.test) else run.splits.train
+    device = run.accelerator.device
+    pixels = run.preprocessing.prepare(images.pixels(np.arange(min(len(images), most))).to(device))
+    found = run.task.reconstruct(pixels, torch.Generator(device).manual_seed(0))
+    seen = [run.preprocessing.denormalise(own) for own in (found.masked, found.prediction, found.images)]
+    content = io.BytesIO()
+    np.save(content, torch.stack(seen).cpu().numpy())
     return content.getvalue()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.config import RunConfig, TrainSection, steps
@@ -27,9 +27,12 @@ from vitrail.datasets.sources import find_source
 from vitrail.evaluation.cost import count_macs, count_parameters
 from vitrail.models import Encoder, build_model, model_config
 from vitrail.pretrained import LoadReport, Weights, find_weights, load_pretrained
+from vitrail.pretrained.hub import from_pretrained
 from vitrail.processes import rank, world
-from vitrail.tasks import Batch, Task, build_task
-from vitrail.training.augment import Augment
+from vitrail.tasks import Batch, Distill, Task, Views, build_task, find_task
+from vitrail.tasks.distill import Prepare, check_same_classes
+from vitrail.training.augment import Augment, luminance
+from vitrail.training.distort import distort
 from vitrail.training.loop import Plan
 from vitrail.training.mixing import Mix
 from vitrail.training.optim import build_optimizer, freeze
@@ -73,24 +76,27 @@ def prepare(config: RunConfig, splits: Splits | None = None) -> Run:
         raise ValueError(
             f"train.batch_size {train.batch_size} cannot be shared by {world()} processes; take a multiple"
         )
+    kind = find_task(config.task.name)
     name, options, weights = architecture(config)
     prepared = None if weights is None else weights.preprocessing
     default = model_config(name, **options)
     if splits is None:
         splits = _load(config, default.image_shape, prepared)
-    _check_enough(splits)
+    _check_enough(splits, kind)
+    num_classes = len(splits.train.classes) if kind.classifies else 0
     torch.manual_seed(train.seed)
     if prepared is None:
         options.setdefault("img_size", splits.train.img_size)
     options.setdefault("in_chans", splits.train.in_chans)
-    options.setdefault("num_classes", len(splits.train.classes))
+    options.setdefault("num_classes", num_classes)
     model = build_model(name, **options)
     loaded = None if weights is None else load_pretrained(model, weights)
-    for option, needed in (("num_classes", len(splits.train.classes)), ("in_chans", splits.train.in_chans)):
+    for option, needed in (("num_classes", num_classes), ("in_chans", splits.train.in_chans)):
         if (own := getattr(model.config, option)) != needed:
-            raise ValueError(
-                f"model.{option} {own} does not fit {splits.train.name}, which has {needed}; leave it out"
+            what = (
+                splits.train.name if kind.classifies or option == "in_chans" else f"task {config.task.name}"
             )
+            raise ValueError(f"model.{option} {own} does not fit {what}, which has {needed}; leave it out")
     model.recompute = train.recompute
     freeze(model, config.optim.freeze)
     if prepared is not None:
@@ -104,7 +110,17 @@ def prepare(config: RunConfig, splits: Splits | None = None) -> Run:
             mean=splits.train.mean,
             std=tuple(own if own > _FLAT else 1.0 for own in splits.train.std),
         )
-    task = build_task(config.task.name, model, **config.task.options)
+    task_options = dict(config.task.options)
+    if kind is Distill:
+        task_options |= _teacher(task_options.get("teacher"), splits.train.classes, preprocessing)
+    task = build_task(config.task.name, model, **task_options)
+    if train.parallel == "fsdp" and sum(isinstance(part, Encoder) for part in task.modules()) > 1:
+        raise ValueError(
+            f"task {config.task.name} keeps a second encoder beside the one that learns, which train.parallel "
+            "fsdp cannot share out; take ddp"
+        )
+    if task.views.full > 1 and (config.augment.mixup or config.augment.cutmix):
+        raise ValueError(f"task {config.task.name} compares views of one image: leave mixup and cutmix out")
     # Channels last: convolutional stems train 1.2 to 1.6 times as fast on a CPU, and nothing is slower.
     task.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Run(
@@ -137,11 +153,47 @@ def architecture(config: RunConfig) -> tuple[str, dict[str, Any], Weights | None
     return found.name, kept | section.options, found
 
 
-def _check_enough(splits: Splits) -> None:
+def _teacher(
+    source: Any, classes: tuple[str, ...], preprocessing: Preprocessing
+) -> dict[str, nn.Module | Prepare | None]:
+    """A teacher, and how it wants the student's images: options of `Distill`.
+
+    Raises:
+        ValueError: No teacher was named, its classes are others, or it has no head.
+    """
+    if not isinstance(source, str):
+        raise ValueError(
+            "task distill needs a teacher: --task.teacher with a run or model folder, timm:NAME.TAG, "
+            "torchvision:NAME or a hub repository"
+        )
+    stored = from_pretrained(source)
+    if not stored.model.has_head:
+        raise ValueError(f"the teacher {source} has no head, so it has no answers to learn from")
+    if stored.classes:
+        check_same_classes(classes, stored.classes)
+    wanted = Preprocessing.from_dict(stored.preprocessing)
+    if wanted == preprocessing:
+        return {"teacher": stored.model, "prepare": None}
+    mean, std = (torch.tensor(own).view(1, -1, 1, 1) for own in (preprocessing.mean, preprocessing.std))
+
+    def prepare(images: Tensor) -> Tensor:
+        pixels = images * std.to(images) + mean.to(images)  # 0 to 1
+        if wanted.in_chans == 3:
+            pixels = pixels.expand(-1, 3, -1, -1)
+        elif pixels.shape[1] == 3:
+            pixels = luminance(pixels)
+        return wanted.normalise(wanted.resize(pixels))
+
+    return {"teacher": stored.model, "prepare": prepare}
+
+
+def _check_enough(splits: Splits, kind: type[Task]) -> None:
     """Refuse data from which nothing can be learnt, or with which nothing can be tested."""
     name, classes = splits.train.name, splits.train.classes
     if not len(splits.train):
         raise ValueError(f"{name} has no training images")
+    if not kind.classifies:
+        return
     if not len(splits.test):
         raise ValueError(
             f"{name} has too few images: {len(splits.train)} for training and none to test with; expected 5 "
@@ -202,7 +254,10 @@ def training_batches(run: Run, start: int) -> Iterator[Batch]:
 
 
 def read_batches(run: Run, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images, uint8 [B, C, H, W], and labels, int64 [B], as they are stored, from step `start` to the end."""
+    """Images, uint8 [B, C, H, W], and labels, int64 [B], as they are stored, from step `start` to the end.
+
+    Labels are empty, [0], and none is touched, where the task needs none.
+    """
     images, data, augment = run.splits.train, run.config.data, run.config.augment
     from_files = isinstance(images, FileSet)
     reader = BatchReader(
@@ -212,7 +267,8 @@ def read_batches(run: Run, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         shard=(rank(), world()),
         workers=_workers(data.workers) if from_files else 0,
         # Original pictures are cropped as they are decoded, stored ones in the augmentation of the batch.
-        resized_crop=augment.resized_crop or None if from_files else None,
+        resized_crop=augment.resized_crop or None if from_files and run.task.views == Views() else None,
+        labels=run.task.needs_labels,
     )
     step = start
     while step < run.plan.total:
@@ -226,8 +282,9 @@ def read_batches(run: Run, start: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def augmented_batches(run: Run, raw: Iterator[tuple[Tensor, Tensor]], start: int) -> Iterator[Batch]:
     """Augment and normalise batches, the first of which belongs to step `start`, on the device."""
-    config, section, device = run.config, run.config.train, run.accelerator.device
-    changes = {"resized_crop": 0.0} if isinstance(run.splits.train, FileSet) else {}
+    config, section, device, views = run.config, run.config.train, run.accelerator.device, run.task.views
+    cropped = isinstance(run.splits.train, FileSet) and views == Views()
+    changes = {"resized_crop": 0.0} if cropped else {}
     augment = Augment(config.augment.model_copy(update=changes))
     mix = Mix(config.augment, len(run.splits.train.classes))
     sizes = {"batch_size": section.batch_size, "steps_per_epoch": run.plan.steps_per_epoch}
@@ -236,20 +293,41 @@ def augmented_batches(run: Run, raw: Iterator[tuple[Tensor, Tensor]], start: int
         (steps(at, total=run.plan.total, **sizes), size) for at, size in section.progressive.items()
     )
     generator = torch.Generator()
-    for step, (images, labels) in enumerate(raw, start=start):
-        generator.manual_seed(section.seed * 1_000_003 + step + rank() * 500_009)
-        strong = step < stop_at
-        pixels = augment(images.to(device, non_blocking=True), generator, strong=strong)
-        targets = labels.to(device, non_blocking=True)
-        size = next((size for begin, size in reversed(progressive) if begin <= step), None)
+
+    def view(images: Tensor, size: int | None, strong: bool) -> Tensor:
+        pixels = distort(augment(images, generator, strong=strong), config.augment, generator)
         if size is not None and size != pixels.shape[-1]:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
         elif size is None:
             pixels = run.preprocessing.resize(pixels)
-        pixels = run.preprocessing.normalise(pixels).contiguous(memory_format=torch.channels_last)
-        if strong:
-            pixels, targets = mix(pixels, targets, generator)
-        yield {"images": pixels, "targets": targets}
+        return run.preprocessing.normalise(pixels).contiguous(memory_format=torch.channels_last)
+
+    def crop(images: Tensor, strong: bool) -> Tensor:
+        pixels = augment(images, generator, strong=strong, area=views.crop_scale)
+        pixels = distort(pixels, config.augment, generator)
+        pixels = F.interpolate(pixels, size=views.crop_size, mode="bilinear", antialias=True)
+        return run.preprocessing.normalise(pixels)
+
+    for step, (images, labels) in enumerate(raw, start=start):
+        generator.manual_seed(section.seed * 1_000_003 + step + rank() * 500_009)
+        strong = step < stop_at
+        images = images.to(device, non_blocking=True)
+        size = next((size for begin, size in reversed(progressive) if begin <= step), None)
+        batch: Batch = {}
+        targets = labels.to(device, non_blocking=True)
+        if views.full == 1:
+            pixels = view(images, size, strong)
+            if strong:
+                some = targets if run.task.needs_labels else targets.new_zeros(len(images))
+                pixels, targets = mix(pixels, some, generator)
+            batch["images"] = pixels
+        else:
+            batch["views"] = torch.stack([view(images, size, strong) for _ in range(views.full)], dim=1)
+        if views.crops:
+            batch["crops"] = torch.stack([crop(images, strong) for _ in range(views.crops)], dim=1)
+        if run.task.needs_labels:
+            batch["targets"] = targets
+        yield batch
 
 
 def _workers(wanted: int | None) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vitrail.datasets import Images, Preprocessing
 from vitrail.evaluation.inference import predict_logits
 from vitrail.files import write_whole
-from vitrail.models import Encoder
+from vitrail.models.encoder import Encoder
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from vitrail.datasets import ImageSet, Preprocessing, batches, load_dataset
+from vitrail.evaluation.features import FeatureSet, backbone_features, cached_features, has_one_head
 from vitrail.models import Encoder
 from vitrail.pretrained import create_model
-from vitrail.training.features import FeatureSet, backbone_features, cached_features, has_one_head
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(img_size=(8, 8), in_chans=1, mean=(0.3,), std=(0.4,))
