@@ -38,6 +38,7 @@ from vitrail.datasets import (
     steps_per_epoch,
     stratified_split,
 )
+from vitrail.evaluation.features import cached_features, has_one_head
 from vitrail.evaluation.inference import predict_logits
 from vitrail.evaluation.metrics import ClassificationMetrics, classification_metrics
 from vitrail.explain.attention import Heads, attention_layers, attention_maps
@@ -49,7 +50,6 @@ from vitrail.serving import Predictor
 from vitrail.tasks import Batch, Classify
 from vitrail.training import optim
 from vitrail.training.checkpoint import TrainingState, restore_checkpoint
-from vitrail.evaluation.features import cached_features, has_one_head
 from vitrail.training.loop import Plan, fit
 from vitrail.training.run_folder import check_free, claimed
 from vitrail.training.setup import build_accelerator

@@ -18,7 +18,8 @@ from vitrail.models.encoder import Encoder
 Batch = dict[str, Tensor]
 """What a task asked for, normalised: `images` [B, C, H, W], or `views` [B, V, C, H, W] where it wants several
 of each image, `crops` [B, L, C, h, w] where it wants small ones too, and `targets` (labels [B] or shares
-[B, K]) where it needs labels. The first axis of all is that of the images, so that a batch can be taken in parts."""
+[B, K]) where it needs labels. The first axis of all is that of the images, so that a batch can be taken in
+parts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,8 +116,8 @@ def prepare(config: RunConfig, splits: Splits | None = None) -> Run:
     task = build_task(config.task.name, model, **task_options)
     if train.parallel == "fsdp" and sum(isinstance(part, Encoder) for part in task.modules()) > 1:
         raise ValueError(
-            f"task {config.task.name} keeps a second encoder beside the one that learns, which train.parallel "
-            "fsdp cannot share out; take ddp"
+            f"task {config.task.name} keeps a second encoder beside the one that learns, which "
+            "train.parallel fsdp cannot share out; take ddp"
         )
     if task.views.full > 1 and (config.augment.mixup or config.augment.cutmix):
         raise ValueError(f"task {config.task.name} compares views of one image: leave mixup and cutmix out")
