@@ -53,7 +53,8 @@ def attend(
 
 def attention_scores(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
     """The logits of the explicit path, q k^T / sqrt(d) + bias: [B, H, L, d], [B, H, S, d] -> [B, H, L, S]."""
-    logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    # The queries are scaled, not the products: fewer numbers, and a layout that the product needs anyway.
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     return logits if bias is None else logits + bias
 
 
