@@ -90,7 +90,8 @@ class DataSection(_Section):
     """Which images, and how they are split."""
 
     name: str = "digits"
-    """digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, a folder of images, or a hub id."""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, a folder of images, or a hub id; of clips:
+    moving_mnist, or a folder of them."""
     root: Path | None = None
     """Folder with data sets in the hubs' layouts; else VITRAIL_DATA, then the cache, then the hub."""
     val_fraction: FractionBelowOne = 0.1
@@ -107,6 +108,12 @@ class DataSection(_Section):
     """Decode all images once into memory, or anew whenever they are read; auto decides by size."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode images with storage `files`; when not given, the number of cores, 8 at most."""
+    frames: Annotated[int, Field(ge=1)] | None = None
+    """Frames of a clip; when not given, as many as the model takes."""
+    frame_stride: Annotated[int, Field(ge=1)] = 1
+    """Every how many frames of a video one is taken; 1: consecutive ones."""
+    shuffle_frames: bool = False
+    """The frames of each clip in a random order: a control, which takes the direction of motion away."""
 
 
 class AugmentSection(_Section):

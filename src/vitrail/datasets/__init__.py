@@ -6,6 +6,7 @@ comes out are image sets, decoded once and memory-mapped afterwards, or file set
 with a model's weights, so that a photograph is prepared as the training images were.
 """
 
+from vitrail.datasets.clips import side_by_side
 from vitrail.datasets.file_set import FileSet, Images
 from vitrail.datasets.images import ImageSet, stratified_split
 from vitrail.datasets.loading import batches, steps_per_epoch
@@ -27,6 +28,7 @@ __all__ = [
     "from_dataset",
     "list_datasets",
     "load_dataset",
+    "side_by_side",
     "steps_per_epoch",
     "stratified_split",
 ]

@@ -1,4 +1,4 @@
-"""A labelled set of equally large images, kept as one array of bytes, and its stratified splits."""
+"""A labelled set of equally large images or clips, kept as one array of bytes, and its stratified splits."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _BLOCK = 65_536
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageSet:
-    """Images and labels of one split.
+    """Images and labels of one split, or clips: then what is said of an image holds for [T, C, H, W].
 
     A subset shares `stored` with the set it was taken from and names its part in `rows`; everything else,
     `labels`, `images`, `batch` and `counts`, speaks of the set's own rows only.
     """
 
     stored: np.ndarray
-    """uint8 [M, C, H, W], may be a read-only memory map."""
+    """uint8 [M, C, H, W], or clips [M, T, C, H, W]; may be a read-only memory map."""
     rows: np.ndarray | None = None
     """Which of the stored images belong to the set, int64 [N]; None is all of them."""
     labels: np.ndarray
@@ -45,10 +45,10 @@ class ImageSet:
     """Standard deviation of the same."""
 
     def __post_init__(self) -> None:
-        if self.stored.dtype != np.uint8 or self.stored.ndim != 4:
+        if self.stored.dtype != np.uint8 or self.stored.ndim not in (4, 5):
             raise ValueError(
-                f"{self.name}: expected images as uint8 [N, C, H, W], got {self.stored.dtype} "
-                f"{list(self.stored.shape)}"
+                f"{self.name}: expected images as uint8 [N, C, H, W] or clips as uint8 [N, T, C, H, W], got "
+                f"{self.stored.dtype} {list(self.stored.shape)}"
             )
         n = len(self.stored) if self.rows is None else len(self.rows)
         if self.labels.dtype != np.int64 or self.labels.shape != (n,):
@@ -77,7 +77,7 @@ class ImageSet:
         """Make a set of images that are in memory.
 
         Args:
-            images: uint8 [N, C, H, W].
+            images: uint8 [N, C, H, W], or clips [N, T, C, H, W].
             labels: Class of each image, [N].
             classes: Names of the classes; "0", "1", ... when not given.
             name: Name of the data set.
@@ -114,12 +114,17 @@ class ImageSet:
     @property
     def img_size(self) -> tuple[int, int]:
         """Height and width."""
-        return self.stored.shape[2], self.stored.shape[3]
+        return self.stored.shape[-2], self.stored.shape[-1]
 
     @property
     def in_chans(self) -> int:
         """Number of channels."""
-        return self.stored.shape[1]
+        return self.stored.shape[-3]
+
+    @property
+    def frames(self) -> int | None:
+        """Number of frames of each clip; None for images."""
+        return self.stored.shape[1] if self.stored.ndim == 5 else None
 
     def batch(self, indices: ArrayLike) -> tuple[Tensor, Tensor]:
         """Read some images with one indexed read.
@@ -204,7 +209,8 @@ def stratified_split(labels: ArrayLike, fraction: float, seed: int) -> tuple[np.
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixel / 255, a channel, of uint8 images [N, C, H, W]."""
+    """Mean and standard deviation of pixel / 255, a channel, of uint8 images [N, C, H, W] or clips."""
+    images = images.reshape(-1, *images.shape[-3:])
     N, C, H, W = images.shape
     count = max(N * H * W, 1)
     # A block that fits into the processor's cache is several times as fast as all at once.

@@ -17,12 +17,14 @@ from typing import Any, Literal
 import numpy as np
 
 from vitrail.config import DataSection
+from vitrail.datasets.clips import Frames, load_clips, with_shuffled_frames
 from vitrail.datasets.file_set import FileSet, Images
 from vitrail.datasets.folder import find_folder
 from vitrail.datasets.hub import hub_files, parquet_files, parquet_items
 from vitrail.datasets.imagenet import MEAN, STD, find_imagenet
 from vitrail.datasets.images import ImageSet, stratified_split
 from vitrail.datasets.items import FileItems, Items
+from vitrail.datasets.moving import MOVING_MNIST, moving_digits
 from vitrail.datasets.objects import object_items
 from vitrail.datasets.packed import pack
 from vitrail.datasets.parquet import ParquetItems
@@ -116,7 +118,7 @@ class Splits:
 
 def list_datasets() -> list[str]:
     """The names that `load_dataset` knows."""
-    return sorted([*SOURCES, "imagenet"])
+    return sorted([*SOURCES, "imagenet", MOVING_MNIST])
 
 
 def load_dataset(
@@ -131,6 +133,9 @@ def load_dataset(
     storage: Storage = "auto",
     broken: Broken = "refuse",
     label_column: str | None = None,
+    frames: int | None = None,
+    frame_stride: int = 1,
+    shuffle_frames: bool = False,
 ) -> Splits:
     """Load a data set, from the first place that has it.
 
@@ -142,7 +147,9 @@ def load_dataset(
       for imagenet `imagenet/train/<synset>/` and `imagenet/val/<synset>/`, or is itself such a folder;
     - a folder, also one in `root` or VITRAIL_DATA, in one of the layouts of `vitrail.datasets.folder`, or
       with parquet files in the hub's layout;
-    - the hub id of any data set of parquet files: from the hub's local cache, or the hub.
+    - the hub id of any data set of parquet files: from the hub's local cache, or the hub;
+    - moving_mnist (`vitrail.datasets.moving`), clips made of MNIST's digits; or, with `frames`, a folder of
+      clips in one of the layouts of `vitrail.datasets.clips`.
 
     A source without test images takes its validation images for them, or else a fixed fifth of its images,
     stratified by class. Where no validation images are left, some are held out of the training images.
@@ -163,6 +170,9 @@ def load_dataset(
         broken: What to do with images that cannot be decoded: refuse the set, or skip them, which
             `Splits.skipped` tells.
         label_column: Name of the label in tables and parquet files that do not tell, or have several.
+        frames: Read clips of so many frames; None reads images (and 3 frames of moving_mnist).
+        frame_stride: Every how many frames of a video one is taken.
+        shuffle_frames: The frames of each clip in a random order, as a control.
 
     Raises:
         ValueError: The name is unknown, no place has the set, its files are damaged or do not fit together,
@@ -176,6 +186,13 @@ def load_dataset(
     ):
         if value not in known:
             raise ValueError(f"{option}: expected {' or '.join(known)}, got {value!r}")
+    if frames is not None or str(name) == MOVING_MNIST:
+        chosen = Frames(count=3 if frames is None else frames, stride=frame_stride, shuffled=shuffle_frames)
+        return _clips(str(name), root, chosen, geometry, shares, broken)
+    if frame_stride != 1 or shuffle_frames:
+        raise ValueError(
+            "frame_stride and shuffle_frames are for clips: say how many frames with data.frames"
+        )
     source = find_source(str(name))
     if source is not None and source.hub_id is None:
         train, test = _digits(source, in_chans or 1)
@@ -210,6 +227,8 @@ def find_items(
     Raises:
         ValueError: As `load_dataset`, as far as names and files are concerned; but a class may be empty.
     """
+    if str(name) == MOVING_MNIST:
+        raise ValueError(f"{MOVING_MNIST} is made of mnist when it is loaded: no files to look at")
     source = find_source(str(name))
     if source is not None and source.hub_id is None:
         pictures = {
@@ -364,6 +383,42 @@ def _find(
             f"{reason}{_meant(name, {*beside, *(str(own.hub_id) for own in SOURCES.values())})}"
         )
     return _Found(parts=parquet_items(files, name, label_column=label_column), geometry=geometry)
+
+
+def _clips(
+    name: str,
+    root: str | os.PathLike[str] | None,
+    frames: Frames,
+    geometry: Geometry,
+    shares: _Shares,
+    broken: Broken,
+) -> Splits:
+    """Clips of a folder, or moving digits; without a test split, as with images."""
+    skipped: Skipped = ()
+    if name == MOVING_MNIST:
+        mnist, _ = _sets(_find_known(SOURCES["mnist"], root, 1), "memory", "refuse")
+        sets = {
+            split: moving_digits(own, frames) for split, own in mnist.items() if isinstance(own, ImageSet)
+        }
+        sets["test"] = replace(sets["test"], mean=sets["train"].mean, std=sets["train"].std)
+    elif find_source(name) is not None or name == "imagenet":
+        raise ValueError(f"{name} has images, not clips; {MOVING_MNIST} has clips, or a folder of them")
+    else:
+        roots = data_roots(root)
+        places = (Path(name).expanduser(), *(place / name for place in roots))
+        folder = next((place for place in places if name and place.is_dir()), None)
+        if folder is None:
+            meant = _meant(name, {MOVING_MNIST, *_folders_beside(name, roots)})
+            raise ValueError(f"no folder of clips {name}{meant}")
+        sets, skipped = load_clips(folder, frames, geometry, broken)
+    if frames.shuffled:
+        sets = {split: with_shuffled_frames(own) for split, own in sets.items()}
+    if "test" not in sets and "val" in sets:
+        sets["test"] = replace(sets.pop("val"), split="test")
+    if "test" not in sets:
+        rest, held_out = stratified_split(sets["train"].labels, _TEST_FRACTION, _TEST_SEED)
+        sets["train"], sets["test"] = sets["train"].subset(rest), sets["train"].subset(held_out, split="test")
+    return replace(_held_out(sets, shares), skipped=skipped)
 
 
 def _folders_beside(name: str, roots: Iterable[Path]) -> set[str]:

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from vitrail.models import cait, cct, crossvit, deit, diffvit, pvt, pvt_v2, swin, swin_v2, vit
+from vitrail.models import cait, cct, crossvit, deit, diffvit, pvt, pvt_v2, swin, swin_v2, video_vit, vit
 from vitrail.models.encoder import Encoder, Features, Stage
 
 __all__ = [
@@ -37,6 +37,7 @@ VARIANTS: dict[str, Any] = {
     **pvt_v2.VARIANTS,
     **swin.VARIANTS,
     **swin_v2.VARIANTS,
+    **video_vit.VARIANTS,
     **vit.VARIANTS,
 }
 
@@ -65,6 +66,8 @@ SHORT_NAMES = {
     "swinv2_tiny": "swinv2_tiny_window8_256",
     "swinv2_small": "swinv2_small_window8_256",
     "swinv2_base": "swinv2_base_window8_256",
+    "video_vit_small": "video_vit_small_patch16_224",
+    "video_vit_base": "video_vit_base_patch16_224",
 }
 
 

@@ -1,23 +1,31 @@
-"""Many runs, one table."""
+"""Many runs, one table: side by side, swept over values, or as a study with questions and answers."""
 
-from vitrail.studies.sweep import (
-    Outcome,
-    Summary,
-    grid,
-    list_variant_sets,
-    load_variants,
-    run_sweep,
-    summarize,
-    write_sweep,
-)
+from vitrail.studies.compare import Comparison, Row, compare, write_comparison
+from vitrail.studies.page import write_study
+from vitrail.studies.plan import Study, list_studies, plan_study
+from vitrail.studies.runs import FinishedRun, read_run
+from vitrail.studies.study import Answer, StudyResult, outline, run_study
+from vitrail.studies.sweep import grid, list_variant_sets, load_variants, rank, run_sweep, write_sweep
 
 __all__ = [
-    "Outcome",
-    "Summary",
+    "Answer",
+    "Comparison",
+    "FinishedRun",
+    "Row",
+    "Study",
+    "StudyResult",
+    "compare",
     "grid",
+    "list_studies",
     "list_variant_sets",
     "load_variants",
+    "outline",
+    "plan_study",
+    "rank",
+    "read_run",
+    "run_study",
     "run_sweep",
-    "summarize",
+    "write_comparison",
+    "write_study",
     "write_sweep",
 ]

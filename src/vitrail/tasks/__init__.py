@@ -17,6 +17,7 @@ from vitrail.tasks.jigsaw import Jigsaw
 from vitrail.tasks.mae import MAE
 from vitrail.tasks.simmim import SimMIM
 from vitrail.tasks.task import Batch, Reconstructs, Task, Views
+from vitrail.tasks.video_mae import VideoMAE
 
 __all__ = [
     "DINO",
@@ -34,6 +35,7 @@ __all__ = [
     "SimMIM",
     "SupCon",
     "Task",
+    "VideoMAE",
     "Views",
     "build_task",
     "find_task",
@@ -44,6 +46,7 @@ TASKS: dict[str, type[Task]] = {
     "classify_infonce": ClassifyInfoNCE,
     "distill": Distill,
     "mae": MAE,
+    "video_mae": VideoMAE,
     "simmim": SimMIM,
     "jepa": JEPA,
     "jigsaw": Jigsaw,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from vitrail.models.encoder import Encoder
 from vitrail.tasks.contrastive import InfoNCE
 from vitrail.tasks.mae import MAE
-from vitrail.tasks.task import Batch, Task, Views
+from vitrail.tasks.task import Batch, Reconstruction, Task, Views
 
 
 class Combined(Task):
@@ -137,3 +138,8 @@ class MAEInfoNCE(Combined):
         for parameter in free:
             parameter.requires_grad_(True)
         super().__init__({"mae": (mae, mae_weight), "infonce": (infonce, infonce_weight)})
+        self._mae = (mae,)  # in a tuple: it is a submodule already, in `parts`
+
+    def reconstruct(self, images: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
+        """What the masked autoencoder makes of images of which it sees a part; see `MAE.reconstruct`."""
+        return self._mae[0].reconstruct(images, generator)

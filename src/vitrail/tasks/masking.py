@@ -218,7 +218,8 @@ def hide(images: Tensor, keep: Tensor, patch_size: int) -> Tensor:
 
 
 def pixels_of(mask: Tensor, patch_size: int, image_shape: tuple[int, int]) -> Tensor:
-    """A mask of patches [B, N] -> of pixels [B, 1, H, W]."""
+    """A mask of patches [..., N] -> of pixels [..., 1, H, W]."""
     height, width = image_shape
-    maps = mask.unflatten(1, patch_grid(height, width, patch_size))
-    return maps.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None, :height, :width]
+    maps = mask.unflatten(-1, patch_grid(height, width, patch_size))
+    pixels = maps.repeat_interleave(patch_size, -2).repeat_interleave(patch_size, -1)
+    return pixels[..., None, :height, :width]

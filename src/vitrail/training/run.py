@@ -3,7 +3,8 @@
 runs/<name>/
   config.yaml        the resolved config; `vitrail train runs/<name>/config.yaml` repeats the run
   metrics.jsonl      one record a line, while the run goes
-  augmented.npy      the first training images as the model saw them, uint8 [N, C, H, W]
+  augmented.npy      the first training images as the model saw them, uint8 [N, C, H, W]; of clips, frame
+                     beside frame
   checkpoints/       last.pt, from which --resume goes on, and previous.pt
   model/             the model folder
   evaluation/        accuracy, per-class numbers, probabilities on the test images; or what features are worth
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.nn import functional as F
 
 from vitrail.config import RunConfig
-from vitrail.datasets import Images, Preprocessing, Splits
+from vitrail.datasets import Images, Preprocessing, Splits, side_by_side
 from vitrail.evaluation.cost import count_parameters
 from vitrail.evaluation.inference import predict_logits
 from vitrail.evaluation.metrics import ClassificationMetrics, classification_metrics, write_evaluation
@@ -340,7 +341,7 @@ def _augmented_examples(run: Run, most: int = 20) -> bytes:
     batch = next(training_batches(run, 0))
     images = batch["images"] if "images" in batch else batch["views"].flatten(0, 1)
     content = io.BytesIO()
-    np.save(content, run.preprocessing.denormalise(images[:most].cpu()).numpy())
+    np.save(content, side_by_side(run.preprocessing.denormalise(images[:most].cpu())).numpy())
     return content.getvalue()
 
 
@@ -354,7 +355,10 @@ def _reconstructed_examples(run: Run, most: int = 8) -> bytes:
     device = run.accelerator.device
     pixels = run.preprocessing.prepare(images.pixels(np.arange(min(len(images), most))).to(device))
     found = run.task.reconstruct(pixels, torch.Generator(device).manual_seed(0))
-    seen = [run.preprocessing.denormalise(own) for own in (found.masked, found.prediction, found.images)]
+    seen = [
+        side_by_side(run.preprocessing.denormalise(own))
+        for own in (found.masked, found.prediction, found.images)
+    ]
     content = io.BytesIO()
     np.save(content, torch.stack(seen).cpu().numpy())
     return content.getvalue()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from vitrail.config import RunConfig, TrainSection, steps
 from vitrail.datasets import (
     FileSet,
+    ImageSet,
     Preprocessing,
     Splits,
     load_dataset,
@@ -80,8 +81,14 @@ def prepare(config: RunConfig, splits: Splits | None = None) -> Run:
     name, options, weights = architecture(config)
     prepared = None if weights is None else weights.preprocessing
     default = model_config(name, **options)
+    model_frames = getattr(default, "num_frames", None)
     if splits is None:
-        splits = _load(config, default.image_shape, prepared)
+        splits = _load(config, default.image_shape, prepared, config.data.frames or model_frames)
+    clip_frames = splits.train.frames if isinstance(splits.train, ImageSet) else None
+    if clip_frames is not None:
+        _check_clips(config, name, model_frames, splits.train.name)
+        options["num_frames"] = clip_frames
+        config = config.model_copy(update={"data": config.data.model_copy(update={"frames": clip_frames})})
     _check_enough(splits, kind)
     num_classes = len(splits.train.classes) if kind.classifies else 0
     torch.manual_seed(train.seed)
@@ -187,6 +194,15 @@ def _teacher(
     return {"teacher": stored.model, "prepare": prepare}
 
 
+def _check_clips(config: RunConfig, model: str, model_frames: int | None, data: str) -> None:
+    """Refuse what is for images only."""
+    if model_frames is None:
+        raise ValueError(f"{model} takes images, and {data} has clips: choose a model video_vit_*")
+    for option in ("randaugment", "jitter", "grayscale", "blur"):
+        if getattr(config.augment, option):
+            raise ValueError(f"augment.{option} is for images, and {data} has clips: leave it out")
+
+
 def _check_enough(splits: Splits, kind: type[Task]) -> None:
     """Refuse data from which nothing can be learnt, or with which nothing can be tested."""
     name, classes = splits.train.name, splits.train.classes
@@ -203,7 +219,9 @@ def _check_enough(splits: Splits, kind: type[Task]) -> None:
         raise ValueError(f"{name} has one class only ({classes[0]}): expected two or more to tell apart")
 
 
-def _load(config: RunConfig, model_size: tuple[int, int], prepared: Mapping[str, Any] | None) -> Splits:
+def _load(
+    config: RunConfig, model_size: tuple[int, int], prepared: Mapping[str, Any] | None, frames: int | None
+) -> Splits:
     """The data; photographs of any size come at the model's size, the small sets at their own."""
     data = config.data
     wanted = config.model.options.get("img_size")
@@ -222,6 +240,9 @@ def _load(config: RunConfig, model_size: tuple[int, int], prepared: Mapping[str,
         storage=data.storage,
         broken=data.broken,
         label_column=data.label_column,
+        frames=frames,
+        frame_stride=data.frame_stride,
+        shuffle_frames=data.shuffle_frames,
     )
 
 
@@ -295,18 +316,23 @@ def augmented_batches(run: Run, raw: Iterator[tuple[Tensor, Tensor]], start: int
     generator = torch.Generator()
 
     def view(images: Tensor, size: int | None, strong: bool) -> Tensor:
+        clips = images.shape[1:-3]  # (T,), or () of images
+        images = images.flatten(1, -3)  # the frames of a clip as channels, so that all change alike
         pixels = distort(augment(images, generator, strong=strong), config.augment, generator)
         if size is not None and size != pixels.shape[-1]:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
         elif size is None:
             pixels = run.preprocessing.resize(pixels)
+        if clips:
+            return run.preprocessing.normalise(pixels.unflatten(1, (*clips, -1)))
         return run.preprocessing.normalise(pixels).contiguous(memory_format=torch.channels_last)
 
     def crop(images: Tensor, strong: bool) -> Tensor:
-        pixels = augment(images, generator, strong=strong, area=views.crop_scale)
+        clips = images.shape[1:-3]
+        pixels = augment(images.flatten(1, -3), generator, strong=strong, area=views.crop_scale)
         pixels = distort(pixels, config.augment, generator)
         pixels = F.interpolate(pixels, size=views.crop_size, mode="bilinear", antialias=True)
-        return run.preprocessing.normalise(pixels)
+        return run.preprocessing.normalise(pixels.unflatten(1, (*clips, -1)))
 
     for step, (images, labels) in enumerate(raw, start=start):
         generator.manual_seed(section.seed * 1_000_003 + step + rank() * 500_009)
@@ -319,7 +345,8 @@ def augmented_batches(run: Run, raw: Iterator[tuple[Tensor, Tensor]], start: int
             pixels = view(images, size, strong)
             if strong:
                 some = targets if run.task.needs_labels else targets.new_zeros(len(images))
-                pixels, targets = mix(pixels, some, generator)
+                mixed, targets = mix(pixels.flatten(1, -3), some, generator)
+                pixels = mixed.reshape(pixels.shape)
             batch["images"] = pixels
         else:
             batch["views"] = torch.stack([view(images, size, strong) for _ in range(views.full)], dim=1)
