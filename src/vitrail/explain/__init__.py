@@ -6,6 +6,7 @@ from vitrail.explain.health import attention_collapse
 from vitrail.explain.methods import METHODS
 from vitrail.explain.positions import read_positions
 from vitrail.explain.rollout import attention_flow, attention_rollout, gradient_rollout, relevance
+from vitrail.explain.tracing import causal_trace
 
 __all__ = [
     "METHODS",
@@ -15,6 +16,7 @@ __all__ = [
     "attention_layers",
     "attention_maps",
     "attention_rollout",
+    "causal_trace",
     "gradient_rollout",
     "head_importance",
     "head_statistics",
