@@ -26,13 +26,14 @@ TINY = "--epochs 2 --model.depth 4 --model.embed_dim 16 --batch_size 256 --train
 
 @pytest.fixture(scope="module")
 def work_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run in runs/demo, made in a process of its own, and a digit to classify."""
+    """A folder with runs in runs/demo and runs/digits-mae, a digit to classify, and a folder of pictures."""
     folder = tmp_path_factory.mktemp("work")
     words = [sys.executable, "-m", "vitrail", *shlex.split(f"train digits-vit --output runs/demo {TINY}")]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^test accuracy \d+\.\d\d % .* 359 images\)$", done.stdout, re.MULTILINE)
     assert done.stdout.endswith("report runs/demo/report.html\n")
+    main(shlex.split(f"train digits-mae --output {folder}/runs/digits-mae {TINY}"))
     pixels = (load_digits().images[7] * 15.9).astype("uint8")
     (folder / "docs" / "images").mkdir(parents=True)
     Image.fromarray(pixels).save(folder / "docs" / "images" / "digit.png")

@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitrail.evaluation.cost import count_macs, count_parameters, macs_by_module, without_numbers
+from vitrail.evaluation.cost import (
+    count_macs,
+    count_parameters,
+    count_training_operations,
+    macs_by_module,
+    without_numbers,
+)
 from vitrail.models import build_model
+from vitrail.tasks import build_task
 
 
 # GMACs of linear layers, convolutions and both attention products, from the closed form below.
@@ -83,3 +90,29 @@ def test_macs_of_the_modules() -> None:
     assert macs["blocks.2.attn.qkv"] == 3 * L * D * D
     assert macs["head"] == D * 10
     assert "blocks.2.norm1" not in macs
+
+
+def test_operations_of_training_steps() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 1, 28, 28)
+    macs = count_macs(build_model("vit_mnist_2blk"), (1, 28, 28))
+    labels = torch.arange(4)
+    classify = build_task("classify", build_model("vit_mnist_2blk")).train()
+    before = torch.get_rng_state()
+    found = count_training_operations(classify, {"images": images, "targets": labels})
+    # Backward is twice forward, but the first layer has no gradient for the images.
+    assert 5.5 * macs < found < 6.0 * macs
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in classify.parameters())
+    # Two views cost twice as much; half of the patches less than all of them.
+    bare = {"num_classes": 0}
+    infonce = build_task("infonce", build_model("vit_mnist_2blk", **bare)).train()
+    views = torch.stack([images, images], dim=1)
+    assert count_training_operations(infonce, {"views": views}) > 1.9 * found
+    few, many = (
+        build_task("mae", build_model("vit_mnist_2blk", **bare), ratio=ratio, decoder_depth=1).train()
+        for ratio in (0.75, 0.25)
+    )
+    assert count_training_operations(few, {"images": images}) < count_training_operations(
+        many, {"images": images}
+    )

@@ -8,10 +8,10 @@ differ by a third.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.components.linear_attention import attend_linear
@@ -56,6 +56,27 @@ def macs_by_module(model: nn.Module, image_shape: Sequence[int]) -> dict[str, in
         for name, operations in counter.get_flop_counts().items()
         if name != "Global"
     }
+
+
+def count_training_operations(task: nn.Module, batch: Mapping[str, Tensor], step: int = 0) -> float:
+    """Floating-point operations of one image in a training step: forward and backward, all that takes part.
+
+    A teacher, a decoder and the views of an image are counted, hidden patches that no encoder sees are not.
+    Counted is a copy on real numbers; the task, and the random state, stay as they are.
+
+    Args:
+        task: `task(batch, step)["loss"]` is what is minimised.
+        batch: Some images, as the task takes them.
+        step: For the task.
+    """
+    copied = copy.deepcopy(task)
+    with (
+        torch.random.fork_rng(),
+        record(copied, *_explicit(copied)),
+        FlopCounterMode(display=False) as counter,
+    ):
+        copied(dict(batch), step)["loss"].backward()
+    return counter.get_total_flops() / len(next(iter(batch.values())))
 
 
 def _explicit(model: nn.Module) -> list[str]:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from vitrail.evaluation.cost import count_macs, count_parameters
+from vitrail.evaluation.cost import count_macs, count_parameters, count_training_operations
 from vitrail.models import Encoder
 from vitrail.processes import world
 from vitrail.training.checkpoint import TrainingState
-from vitrail.training.setup import Run
+from vitrail.training.setup import Run, training_batches
 
 
 def manifest(
@@ -44,6 +44,11 @@ def manifest(
     """
     macs = count_macs(model, (model.config.in_chans, *run.preprocessing.img_size))
     images_seen = state.step * run.config.train.batch_size
+    # The usual estimate for a classifier: the backward pass costs twice the forward pass.
+    operations = 3.0 * 2 * macs
+    if run.config.task.name != "classify" and world() == 1:
+        batch = next(training_batches(run, 0))
+        operations = count_training_operations(run.task, {name: own[:4] for name, own in batch.items()})
     parts = (("train", run.splits.train), ("val", run.splits.val), ("test", run.splits.test))
     return {
         "command": command,
@@ -54,7 +59,7 @@ def manifest(
         "steps": state.step,
         "best_step": state.best_step or None,
         "images_seen": images_seen,
-        "training_petaflop": 3 * 2 * macs * images_seen / 1e15,
+        "training_petaflop": operations * images_seen / 1e15,
         "training_seconds": round(state.seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
         "resumed_at_step": resumed_at or None,
