@@ -24,6 +24,7 @@ from vitrail.explain.faithfulness import (
     Trust,
     agreement,
     cell_means,
+    curves,
     deletion,
     insertion,
     randomisation,
@@ -320,3 +321,18 @@ def test_curves_of_every_architecture(architecture: str) -> None:
         assert ((found.probabilities >= 0) & (found.probabilities <= 1)).all()
         assert ((found.area > 0) & (found.area < 1)).all()
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 7, 32])
+def test_several_maps_at_once_are_each_by_itself(steps: int) -> None:
+    model = lively("vit-mean").eval()
+    x = images(model, 10, 14)  # an odd number of cells
+    maps = {"one": torch.rand(2, 5, 7), "two": torch.rand(2, 5, 7)}
+    found = curves(model, x, maps, 3, steps=steps, random_orders=2)
+    for name, own in maps.items():
+        for curve, alone in zip(found[name], (deletion, insertion), strict=True):
+            expected = alone(model, x, own, 3, steps=steps, random_orders=2)
+            assert curve.kind == expected.kind
+            torch.testing.assert_close(curve.shares, expected.shares)
+            torch.testing.assert_close(curve.probabilities, expected.probabilities, atol=1e-6, rtol=0)
+            torch.testing.assert_close(curve.random, expected.random, atol=1e-6, rtol=0)

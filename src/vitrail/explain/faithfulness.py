@@ -155,15 +155,14 @@ def curves(
         _Hiding(kind, cells, steps, random_orders, seed, baseline, batch_size)
         for kind in ("deletion", "insertion")
     ]
+    hiding, showing = hidings
     found: dict[str, tuple[Curve, Curve]] = {}
-    random: list[Tensor | None] = [None, None]
+    random: Tensor | None = None
     for name, own in maps.items():
-        hide, show = (
-            hiding.curve(model, images, own, target, known)
-            for hiding, known in zip(hidings, random, strict=True)
-        )
-        found[name] = hide, show
-        random = [hide.random, show.random]
+        hidden = hiding.curve(model, images, own, target, random)
+        random = hidden.random
+        # What insertion shows first in its random orders, deletion hides last in its own: the same images.
+        found[name] = hidden, showing.curve(model, images, own, target, random.flip(1))
     return found
 
 
@@ -192,15 +191,17 @@ class _Hiding:
         generator = torch.Generator().manual_seed(self.seed)
         orders = torch.stack([torch.randperm(M, generator=generator) for _ in range(self.random_orders + 1)])
         orders = orders.to(images.device)
-        ties = orders[0]
+        ties, random_orders = orders[0], orders[1:]
+        if self.kind == "insertion":
+            random_orders = random_orders.flip(1)
         # Stable, from a random order: a map with many zeros shall not begin with them at the top left.
         ranked = ties[values[:, ties].argsort(dim=1, descending=True, stable=True)]  # [B, M]
         with evaluating(model), torch.no_grad():
             _, classes = class_scores(model, images, target)
             found = self.follow(model, images, classes, regions, ranked)
             if random is None:
-                orders = orders[1:, None].expand(-1, len(images), -1)
-                each = [self.follow(model, images, classes, regions, order) for order in orders]
+                random_orders = random_orders[:, None].expand(-1, len(images), -1)
+                each = [self.follow(model, images, classes, regions, order) for order in random_orders]
                 random = torch.stack(each).mean(dim=0)
         return Curve(
             kind=self.kind,
@@ -211,7 +212,8 @@ class _Hiding:
 
     def counts(self, cells: int) -> Tensor:
         """How many cells are hidden, or shown, at each point: [S + 1], 0 to all."""
-        return torch.linspace(0, cells, min(self.steps, cells) + 1).round().long()
+        counts = torch.linspace(0, cells, min(self.steps, cells) + 1).round().long()
+        return counts if self.kind == "deletion" else cells - counts.flip(0)
 
     def follow(
         self, model: Encoder, images: Tensor, classes: Tensor, regions: Tensor, order: Tensor
