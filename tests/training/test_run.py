@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vitrail.config import RunConfig, list_recipes, load_config
+from vitrail.pretrained import save_model
 from vitrail.training import estimate, prepare, train, training_batches
 from vitrail.training import loop as training_loop
 from vitrail.training.average import MovingAverage
@@ -326,9 +327,20 @@ def test_bfloat16_follows_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(list_recipes()))
-def test_every_recipe_builds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_recipe_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(name)
+    monkeypatch.chdir(tmp_path)
     try:
+        if (teacher := str(config.task.options.get("teacher"))).startswith("runs/"):
+            # The recipe of the teacher has the name of its run folder.
+            taught = prepare(load_config(Path(teacher).name))
+            save_model(
+                Path(teacher) / "model",
+                taught.model,
+                name=str(taught.config.model.name),
+                classes=taught.splits.train.classes,
+                preprocessing=taught.preprocessing.to_dict(),
+            )
         cost = estimate(config, timed_steps=1)
     except ValueError as error:
         if "VITRAIL_DATA" in str(error) or str(error).startswith("imagenet: expected"):
