@@ -104,3 +104,19 @@ def test_architectures_knows_its_targets(monkeypatch):
     found["forward"] = {"peer_over_vitrail": {"timm": 1.3}}
     assert misses("swin_tiny_patch4_window7_224", found) == ["training timm 1.100 < 1.2"]
     assert misses("cait_xxs24_224", found) == ["training timm 1.100 < 1.2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "contestants", "ratio"),
+    [
+        ("mae_step", {"vitrail", "transformers"}, "transformers_over_ours"),
+        ("attention_maps", {"plain", "maps", "transformers", "transformers maps"}, "maps_over_plain"),
+    ],
+)
+def test_side_by_side(name, contestants, ratio, tmp_path):
+    done, path = run(tmp_path, name)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert set(result["times"]) == set(result["peak_mib"]) == contestants
+    assert all(len(own["raw_s"]) == 1 for own in result["times"].values())
+    assert 0.1 < result[ratio] < 10

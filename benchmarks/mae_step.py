@@ -1,0 +1,109 @@
+"""A step of MAE pre-training: Vitrail against transformers, same encoder, decoder, mask share and optimiser.
+
+    python benchmarks/mae_step.py [--repetitions 5] [--quick]
+
+ViT-B/16 at 224 pixels, batch 8, 75 % hidden, the paper's decoder (8 blocks of width 512), normalised targets,
+AdamW; forward, backward and update, in turns. Peak memory is that of a process of its own for each
+(ru_maxrss after two steps, less what it had with model, optimiser and batch before the first). `--quick` is a
+smoke test: ViT-Ti, one repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+import vitrail.torchvision_ops  # noqa: F401  (before transformers imports torchvision)
+from measure import machine, median_ratio, summary, write_result
+from vitrail.models import build_model
+from vitrail.tasks import MAE
+
+SIZES = {"base": (768, 12), "tiny": (192, 3)}
+WAYS = ("vitrail", "transformers")
+
+
+def prepare(way: str, size: str) -> Callable[[], object]:
+    """One training step of one of the two."""
+    dim, heads = SIZES[size]
+    images = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    if way == "vitrail":
+        model = build_model(f"vit_{size}_patch16_224", num_classes=0)
+        task = MAE(model, ratio=0.75, decoder_dim=512, decoder_depth=8, decoder_heads=16).train()
+
+        def loss() -> torch.Tensor:
+            return task({"images": images}, 0)["loss"]
+
+        parameters = [own for own in task.parameters() if own.requires_grad]
+    else:
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+        config = ViTMAEConfig(
+            hidden_size=dim, num_attention_heads=heads, intermediate_size=4 * dim, norm_pix_loss=True
+        )
+        other = ViTMAEForPreTraining(config).train()
+
+        def loss() -> torch.Tensor:
+            return other(pixel_values=images).loss
+
+        parameters = [own for own in other.parameters() if own.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: ViT-Ti, one repetition")
+    parser.add_argument("--memory", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    size = "tiny" if options.quick else "base"
+    if options.memory:
+        step = prepare(options.memory, size)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        step()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        return
+    about = machine("transformers")
+    memory = {}
+    for way in WAYS:
+        words = [sys.executable, __file__, "--memory", way, *(["--quick"] if options.quick else [])]
+        memory[way] = float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    steps = {way: prepare(way, size) for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for step in steps.values():
+        step()
+    for _ in range(1 if options.quick else options.repetitions):
+        for way, step in steps.items():
+            began = time.perf_counter()
+            step()
+            seconds[way].append(time.perf_counter() - began)
+    result = {
+        "machine": about,
+        "model": f"vit_{size}_patch16_224",
+        "batch": 8,
+        "times": {way: summary(own) for way, own in seconds.items()},
+        "peak_mib": memory,
+        "transformers_over_ours": median_ratio(seconds["transformers"], seconds["vitrail"]),
+    }
+    print(json.dumps({key: value for key, value in result.items() if key != "machine"}, indent=2))
+    print(write_result("mae_step", result, quick=options.quick))
+
+
+if __name__ == "__main__":
+    main()
