@@ -37,7 +37,17 @@ MAY_IMPORT = {
     "evaluation": {"models.encoder", "datasets", "components", "files", "processes", "torchvision_ops"},
     "explain": {"components.flow", "components.tap", "models.encoder"},
     "reporting": {"explain", "evaluation", "datasets", "models.encoder", "components.tap", "config", "files"},
-    "studies": {"config", "explain", "files", "models", "training"},
+    "studies": {
+        "config",
+        "datasets",
+        "evaluation",
+        "explain",
+        "files",
+        "models",
+        "pretrained",
+        "tasks",
+        "training",
+    },
     "serving": {"models", "pretrained", "datasets", "explain"},
 }
 FREE = {"cli", "quickstart", "__init__", "__main__"}

@@ -301,7 +301,6 @@ def test_models_by_a_part_of_the_name_and_as_json(run: Run) -> None:
     assert [line.split()[0] for line in run("models mnist")[1].splitlines()[1:]] == [
         "swin_mnist_2blk",
         "swin_mnist_2blk_patch2",
-        "video_vit_mnist",
         "vit_mnist_2blk",
         "vit_mnist_small",
     ]

@@ -61,6 +61,28 @@ A sweep that was stopped goes on where it was when the same command is given aga
 """
 
 
+_STUDY_HELP = """\
+usage: vitrail study NAME [--section.key VALUE]... [--seeds N] [--quick] [--output FOLDER] [--dry-run]
+
+Train everything that a question needs, measure it, and write one report that answers: yes, no or undecided.
+
+  vitrail study mae-infonce
+  vitrail study mae-infonce --data.name digits --quick     a try, in a minute or two
+  vitrail study vit-swin --dry-run
+
+NAME is one of these, or a YAML file (docs/studies.md says how to write one):
+
+{studies}
+
+  --seeds N          seeds of every run (default: as the study says)
+  --quick            very short runs with one seed: shows what comes out, proves nothing
+  --output FOLDER    where the runs and the report lie (default runs/study-NAME)
+  --dry-run          list the runs and what they would cost; train nothing
+
+A study that was stopped goes on where it was when the same command is given again.
+"""
+
+
 _PROFILE_HELP = """\
 usage: vitrail profile [RECIPE] [--steps N] [--json] [--section.key VALUE]...
 
@@ -120,6 +142,14 @@ def _run(words: list[str]) -> None:
         "sweep", help="train a recipe with some values varied, tell what is best", add_help=False
     )
     sweep.set_defaults(act=_sweep)
+    study = verbs.add_parser("study", help="train, measure and answer a set of questions", add_help=False)
+    study.set_defaults(act=_study)
+
+    compare = verbs.add_parser("compare", help="put finished runs side by side, with intervals over seeds")
+    compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
+    compare.add_argument("--output", type=Path, default=Path("comparison"), help="default comparison/")
+    compare.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    compare.set_defaults(act=_compare)
 
     profile = verbs.add_parser("profile", help="tell where the time of a training step goes", add_help=False)
     profile.set_defaults(act=_profile)
@@ -257,6 +287,7 @@ def _run(words: list[str]) -> None:
     configured = {
         "train": _train,
         "sweep": _sweep,
+        "study": _study,
         "profile": _profile,
         "lr-range": _lr_range,
         "summary": _summary,
@@ -371,18 +402,62 @@ def _sweep(words: list[str]) -> None:
     folder = Path(overrides.pop("train.output", f"runs/{stem}-{named or 'sweep'}"))
     variants = grid(over) if named is None else load_variants(named)
     command = " ".join(["vitrail sweep", *(_quoted(word) for word in words)])
-    outcomes = []
-    for outcome in run_sweep(
+    finished = []
+    for variant, run in run_sweep(
         recipe, variants, seeds=seeds, folder=folder, overrides=overrides, command=command
     ):
-        outcomes.append(outcome)
-        table = write_sweep(folder, outcomes)
-        print(
-            f"{outcome.variant}, seed {outcome.seed}: test accuracy {100 * outcome.test_accuracy:.2f} %",
-            flush=True,
-        )
+        finished.append((variant, run))
+        table = write_sweep(folder, finished)
+        found = "" if run.test is None else f": test {100 * run.test.value:.2f} %"
+        print(f"{variant}, seed {run.seed}{found}", flush=True)
     print(table, end="")
     print(f"table {folder / 'sweep.md'}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from vitrail.studies import compare, write_comparison
+
+    found = compare(options.runs)
+    write_comparison(options.output, found)
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    print(found.text(), end="")
+    print(f"curves {options.output / 'compare.png'}")
+
+
+def _study(words: list[str]) -> None:
+    if not words or {"-h", "--help"} & set(words):
+        from vitrail.config import shipped_yaml
+
+        listed = shipped_yaml("studies").items()  # `vitrail.studies` would import torch
+        lines = (f"  {name:<14} {text.splitlines()[0].lstrip('# ')}" for name, text in listed)
+        print(_STUDY_HELP.format(studies="\n".join(lines)), end="")
+        return
+    from vitrail.studies import outline, plan_study, run_study, write_study
+
+    own = _Parser(prog="vitrail study", add_help=False, allow_abbrev=False)
+    own.add_argument("name")
+    own.add_argument("--seeds", type=int)
+    own.add_argument("--quick", action="store_true")
+    own.add_argument("--dry-run", "--dry_run", action="store_true")
+    own.add_argument("--output", type=Path)
+    options, rest = own.parse_known_args(words)
+    folder = options.output or Path("runs") / f"study-{Path(options.name).stem}"
+    study = plan_study(
+        options.name, folder, overrides=parse_overrides(rest), seeds=options.seeds, quick=options.quick
+    )
+    if options.dry_run:
+        print(outline(study))
+        return
+    command = " ".join(["vitrail study", *(_quoted(word) for word in words)])
+    try:
+        found = run_study(study, command=command, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(f"{stopped or 'stopped'}; go on with: {command}") from None
+    page = write_study(folder, found)
+    print(found.text())
+    print(f"report {page}")
 
 
 def _profile(words: list[str]) -> None:

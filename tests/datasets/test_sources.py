@@ -18,7 +18,16 @@ PARQUET = [name for name, source in SOURCES.items() if source.hub_id]
 
 def test_table_is_consistent() -> None:
     assert list_datasets() == sorted(
-        ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_coarse", "imagenet"]
+        [
+            "digits",
+            "mnist",
+            "fashion_mnist",
+            "cifar10",
+            "cifar100",
+            "cifar100_coarse",
+            "imagenet",
+            "moving_mnist",
+        ]
     )
     assert {len(SOURCES[name].classes) for name in ("digits", "mnist", "fashion_mnist", "cifar10")} == {10}
     assert len(SOURCES["cifar100"].classes) == 100
@@ -289,6 +298,6 @@ def test_folders_that_are_not_there(tmp_path, monkeypatch) -> None:
     assert one_line("photos.zip").startswith("photos.zip is a file: expected a folder of images")
     missing = one_line("missing")
     assert missing.startswith("no folder and no data set 'missing'; the known ones are cifar10, cifar100, ")
-    assert missing.endswith("fashion_mnist, imagenet, mnist")
+    assert missing.endswith("fashion_mnist, imagenet, mnist, moving_mnist")
     monkeypatch.setenv("VITRAIL_DATA", str(tmp_path / "photos"))
     assert one_line("holidays") == "no folder and no data set 'holidays'; did you mean holiday?"

@@ -16,7 +16,7 @@ from vitrail.components.tap import edit, record, taps
 from vitrail.config import load_config
 from vitrail.explain.health import attention_collapse
 from vitrail.models import Encoder, build_model
-from vitrail.training import prepare, training_batches
+from vitrail.training import prepare, train, training_batches
 from vitrail.training.checkpoint import TrainingState
 from vitrail.training.loop import fit
 from vitrail.training.optim import build_optimizer, learning_rate
@@ -72,8 +72,12 @@ def test_a_loss_that_does_not_move_from_chance_is_said_once(classes: int | None,
     records = [_record(20 * n, first + 0.01 * (-1) ** n * abs(first) / 2.4) for n in range(1, 40)]
     said = _said(_watch(num_classes=classes), records)
     assert [step for step, _ in said] == [160]  # a tenth of the run after step 20, and three records
-    assert "has not moved from chance" in said[0][1]
+    what, where = (
+        ("moved from chance", "labels") if classes else ("fallen from where it began", "augmentation")
+    )
+    assert f"the loss has not {what}" in said[0][1]
     assert "vitrail lr-range" in said[0][1]
+    assert ("labels" in said[0][1], "augmentation" in said[0][1]) == (where == "labels", where != "labels")
     fallen = [_record(record["step"], record["loss"] - 0.1 * abs(first)) for record in records[1:]]
     assert _said(_watch(num_classes=classes), [records[0], *fallen]) == []
 
@@ -231,6 +235,67 @@ def test_signed_weights_and_single_keys() -> None:
     assert set(attention_collapse(one_patch, _images(one_patch))["blocks.0"]) == {"rank"}
 
 
+# Features without a classifier.
+
+
+def _features(step: int, **changes: float) -> dict[str, Any]:
+    found = {"feature_std": 0.5, "effective_rank": 25.0, "knn_accuracy": 0.6} | changes
+    return {"kind": "val", "step": step, "collapse": {}} | found
+
+
+@pytest.mark.parametrize(
+    ("changes", "begins"),
+    [
+        (
+            {"feature_std": 0.059},
+            "the features of all images are nearly alike (spread 0.059): lower optim.lr",
+        ),
+        (
+            {"effective_rank": 1.9},
+            "the features use hardly more than one direction (rank 1.9): lower optim.lr",
+        ),
+        ({"knn_accuracy": 0.29}, "the features get worse (k-NN accuracy 29.0 % after 60.0 %): stop here"),
+    ],
+)
+def test_features_that_collapse_are_said_after_two_evaluations(
+    changes: dict[str, float], begins: str
+) -> None:
+    records = [_features(200), *[_features(200 + 50 * n, **changes) for n in range(1, 6)]]
+    said = _said(_watch(num_classes=None), records)
+    assert [step for step, _ in said] == [300]
+    assert said[0][1].startswith(begins)
+    # A single bad evaluation is no trend.
+    assert _said(_watch(num_classes=None), [records[0], records[1], records[0], records[2]]) == []
+
+
+def test_sound_features_are_left_alone() -> None:
+    edge = {"feature_std": 0.061, "effective_rank": 2.1, "knn_accuracy": 0.31}
+    assert _said(_watch(), [_features(200), *[_features(200 + 50 * n, **edge) for n in range(1, 6)]]) == []
+    # As fresh models may be.
+    assert _said(_watch(), [_features(50 + n, feature_std=0.02) for n in range(5)]) == []
+    # Two classes that are told apart lie on a line.
+    apart = [_features(200 + n, effective_rank=1.1, knn_accuracy=0.6 + 0.05 * n) for n in range(5)]
+    assert _said(_watch(), apart) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "sound", "collapsed", "begins"),
+    [
+        ("target_std", 0.31, 0.29, "the targets of all patches become alike"),
+        ("teacher_entropy", 0.5, 0.009, "the teacher gives all images one answer"),
+        ("teacher_entropy", 0.9975, 0.9985, "the teacher's answer is the same for all prototypes"),
+    ],
+)
+def test_targets_that_move_with_the_model(number: str, sound: float, collapsed: float, begins: str) -> None:
+    watch = _watch(num_classes=None)
+    # A loss that rises and stays above where it began says nothing here.
+    losses = [1.0, 0.2, *[1.5] * 40]
+    assert _said(watch, [_record(20 * n, loss, **{number: sound}) for n, loss in enumerate(losses)]) == []
+    said = _said(watch, [_record(900 + n, 0.1, **{number: collapsed}) for n in range(6)])
+    assert [step for step, _ in said] == [902]
+    assert said[0][1].startswith(begins)
+
+
 # Real runs.
 
 
@@ -278,3 +343,26 @@ def test_a_healthy_run_is_silent_and_one_with_a_hundredfold_rate_is_not(tmp_path
     said = _warnings_of_a_run(tmp_path, 0.2)
     assert any("attention has collapsed onto single tokens" in text for text in said)
     assert len(said) == len(set(said))
+
+
+@pytest.mark.parametrize(("momentum", "collapses"), [(0.99, False), (0.0, True)])
+def test_a_jepa_whose_target_has_no_momentum_collapses_and_says_so(
+    momentum: float, collapses: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(
+        "digits-jepa",
+        {
+            "task.momentum": momentum,
+            "model.depth": 2,
+            "optim.lr": 5e-3,
+            "train.duration": "5 epochs",
+            "train.batch_size": 64,
+            "train.eval_every": "1 epoch",
+            "train.device": "cpu",
+        },
+    )
+    train(config, tmp_path / "run", command="test")
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("warning: the features of all images are nearly alike" in said) == collapses
+    assert ("warning: the targets of all patches become alike" in said) == collapses
+    assert "warning: the loss" not in said

@@ -26,13 +26,7 @@ def moments(clips: Tensor, tubelet: int) -> Tensor:
     Raises:
         ValueError: Not a batch of clips, or frames that do not make whole tubelets.
     """
-    if clips.ndim != 5:
-        raise ValueError(f"expected clips [B, T, C, H, W], got {list(clips.shape)}")
-    if clips.shape[1] % tubelet:
-        raise ValueError(
-            f"{clips.shape[1]} frames do not make whole tubelets of {tubelet}; take a multiple of {tubelet} "
-            "frames, or a model with tubelet=1"
-        )
+    _check(clips, tubelet)
     return clips.unflatten(1, (-1, tubelet)).flatten(2, 3)
 
 
@@ -42,7 +36,12 @@ def frames(made: Tensor, tubelet: int) -> Tensor:
 
 
 def clip_grid(clips: Tensor, tubelet: int, patch_size: int) -> ClipGrid:
-    """Moments, rows and columns of the patches of clips [B, T, C, H, W]."""
+    """Moments, rows and columns of the patches of clips [B, T, C, H, W].
+
+    Raises:
+        ValueError: As `moments`.
+    """
+    _check(clips, tubelet)
     rows, columns = patch_grid(clips.shape[3], clips.shape[4], patch_size)
     return clips.shape[1] // tubelet, rows, columns
 
@@ -75,3 +74,13 @@ def places(grid: ClipGrid, device: torch.device | None = None) -> Tensor:
     """Moment, row and column of each patch as floats, [N, 3]."""
     axes = (torch.arange(size, device=device, dtype=torch.float32) for size in grid)
     return torch.cartesian_prod(*axes)
+
+
+def _check(clips: Tensor, tubelet: int) -> None:
+    if clips.ndim != 5:
+        raise ValueError(f"expected clips [B, T, C, H, W], got {list(clips.shape)}")
+    if clips.shape[1] % tubelet:
+        raise ValueError(
+            f"{clips.shape[1]} frames do not make whole tubelets of {tubelet}; take a multiple of {tubelet} "
+            "frames, or a model with tubelet=1"
+        )

@@ -99,8 +99,8 @@ def find_videos(folder: Path) -> tuple[dict[str, list[Video]], tuple[str, ...]]:
             parts[split] += _videos(place / label, label)
     if not parts["train"]:
         raise ValueError(
-            f"{splits['train']}: expected class folders with a folder of frames for each clip, got none; make "
-            "frames of films with ffmpeg, or leave data.frames out to read images"
+            f"{splits['train']}: expected class folders with a folder of frames for each clip, got none; "
+            "make frames of films with ffmpeg, or leave data.frames out to read images"
         )
     return parts, classes
 

@@ -409,7 +409,9 @@ def _clips(
         folder = next((place for place in places if name and place.is_dir()), None)
         if folder is None:
             meant = _meant(name, {MOVING_MNIST, *_folders_beside(name, roots)})
-            raise ValueError(f"no folder of clips {name}{meant}")
+            raise ValueError(
+                f"no folder of clips {name}, neither here nor in data.root or VITRAIL_DATA{meant}"
+            )
         sets, skipped = load_clips(folder, frames, geometry, broken)
     if frames.shuffled:
         sets = {split: with_shuffled_frames(own) for split, own in sets.items()}

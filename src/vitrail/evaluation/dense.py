@@ -3,9 +3,10 @@
     B images, N patches of a grid, D channels, K orientations
 
 For each patch a ridge regression predicts, from the features of that patch alone, the directions of the edges
-inside it: a histogram of oriented gradients (Dalal and Triggs 2005; as a target for features: Wei et al. 2022,
-"Masked Feature Prediction"). It is the nearest simple target that is local, needs no labels, exists for every
-image, and is no linear function of the pixels: what a patch embedding passes on untouched does not solve it.
+inside it: a histogram of oriented gradients (Dalal and Triggs 2005; as a target for features: Wei et al.
+2022, "Masked Feature Prediction"). It is the nearest simple target that is local, needs no labels, exists for
+every image, and is no linear function of the pixels: what a patch embedding passes on untouched does not
+solve it.
 
 Patches without edges are left out; that nothing is there is no detail. The score is R^2: 0 knows no more than
 the mean over all patches, 1 knows all. Its interval comes from drawing the test images again (bootstrap).
@@ -182,7 +183,7 @@ def _ridge(
 ) -> tuple[npt.NDArray[np.float64], float]:
     """Squared errors on the patches that are asked [M], with the strength that held-out images choose."""
     mean, deviation = inputs.mean(axis=0), inputs.std(axis=0)
-    scale = np.where(deviation > 1e-8, deviation, 1.0)
+    scale = np.where(deviation > 1e-8, deviation, 1.0).astype(np.float64)
     inputs, test = (inputs - mean) / scale, (test - mean) / scale
     centre = known.targets.mean(axis=0)
     held = known.image >= (1 - _HELD_OUT) * known.image.max()  # whole images, the last ones
@@ -205,5 +206,4 @@ def _solve(
 ) -> npt.NDArray[np.float64]:
     """Weights [D, K] of the ridge regression."""
     gram = inputs.T @ inputs + strength * len(inputs) * np.eye(inputs.shape[1])
-    solved: npt.NDArray[np.float64] = np.linalg.solve(gram, inputs.T @ targets)
-    return solved
+    return np.asarray(np.linalg.solve(gram, inputs.T @ targets), dtype=np.float64)

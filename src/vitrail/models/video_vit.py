@@ -279,15 +279,15 @@ VARIANTS: dict[str, VideoViTConfig] = {
     "video_vit_small_patch16_224": VideoViTConfig(embed_dim=384, num_heads=6),
     "video_vit_base_patch16_224": VideoViTConfig(),
     # Three frames of 28 pixels; every frame has patches of its own.
-    "video_vit_mnist": VideoViTConfig(
+    "video_vit_28": VideoViTConfig(
         img_size=28,
-        patch_size=4,
+        patch_size=7,
         num_frames=3,
         tubelet=1,
         in_chans=1,
         num_classes=10,
         embed_dim=64,
-        depth=4,
+        depth=3,
         num_heads=4,
         mlp_ratio=2.0,
         position="learned",

@@ -2,7 +2,7 @@
 
 from vitrail.studies.compare import Comparison, Row, compare, write_comparison
 from vitrail.studies.page import write_study
-from vitrail.studies.plan import Study, list_studies, plan_study
+from vitrail.studies.plan import Study, plan_study
 from vitrail.studies.runs import FinishedRun, read_run
 from vitrail.studies.study import Answer, StudyResult, outline, run_study
 from vitrail.studies.sweep import grid, list_variant_sets, load_variants, rank, run_sweep, write_sweep
@@ -16,7 +16,6 @@ __all__ = [
     "StudyResult",
     "compare",
     "grid",
-    "list_studies",
     "list_variant_sets",
     "load_variants",
     "outline",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
 
 
 def write_comparison(folder: Path, found: Comparison) -> None:
-    """Write `compare.md`, `compare.csv` and `compare.png` into a folder, which is made where it is missing."""
+    """Write `compare.md`, `compare.csv` and `compare.png` into a folder, which is made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder, "compare", found.rows, found.text())
 
@@ -201,19 +202,28 @@ def percent(found: Estimate | None) -> str:
 def runs_csv(rows: Sequence[Row]) -> str:
     """One line a run, with all that differs between the rows."""
     differing = differing_settings(rows)
+    lines: list[dict[str, Any]] = [
+        {
+            "run": row.name,
+            "seed": run.seed,
+            "folder": run.folder,
+            **{key: values[number] for key, values in differing.items()},
+            "parameters": run.parameters,
+            "macs_per_image": run.macs_per_image,
+            "images_seen": run.images_seen,
+            "petaflop": run.petaflop,
+            "seconds": run.seconds,
+            "score": run.score,
+            "val": None if run.val is None else run.val.value,
+            "test": None if run.test is None else run.test.value,
+        }
+        for number, row in enumerate(rows)
+        for run in row.runs
+    ]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["run", "seed", "folder", *differing, "parameters", "macs_per_image", "images_seen", "petaflop"]
-        + ["seconds", "score", "val", "test"]
-    )
-    for number, row in enumerate(rows):
-        for run in row.runs:
-            writer.writerow(
-                [row.name, run.seed, run.folder, *(values[number] for values in differing.values())]
-                + [run.parameters, run.macs_per_image, run.images_seen, run.petaflop, run.seconds]
-                + [run.score, *("" if own is None else own.value for own in (run.val, run.test))]
-            )
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return text.getvalue()
 
 
@@ -225,11 +235,13 @@ def differing_settings(rows: Sequence[Row]) -> dict[str, list[str]]:
         for key in dict.fromkeys(key for one in own for key in one)
         if len({one.get(key) for one in own}) > 1
     ]
-    ends = [key.rpartition(".")[2] for key in keys]
-    return {
-        key if ends.count(end) > 1 else end: [_shortened(one.get(key, "-")) for one in own]
-        for key, end in zip(keys, ends, strict=True)
-    }
+    ends = Counter(key.rpartition(".")[2] for key in {key for one in own for key in one})
+
+    def short(key: str) -> str:
+        end = key.rpartition(".")[2]
+        return end if ends[end] == 1 and end.isidentifier() else key
+
+    return {short(key): [_shortened(one.get(key, "-")) for one in own] for key in keys}
 
 
 @styled

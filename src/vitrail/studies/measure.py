@@ -1,6 +1,6 @@
 """What is measured on finished runs, kept in the run folder so that it is measured once.
 
-    <run>/measures/<name>.json    what was asked, and the numbers with their intervals
+<run>/measures/<name>.json    what was asked, and the numbers with their intervals
 """
 
 from __future__ import annotations
@@ -37,22 +37,24 @@ class Unit:
     digits: int = 3
     unit: str = ""
 
+    def number(self, value: float) -> str:
+        """A value without its unit."""
+        return f"{100 * value:.2f}" if self.percent else f"{value:.{self.digits}f}"
+
     def text(self, value: float) -> str:
         """A value with its unit."""
-        if self.percent:
-            return f"{100 * value:.2f} %"
-        return f"{value:.{self.digits}f}{self.unit and ' ' + self.unit}"
+        return f"{self.number(value)} {'%' if self.percent else self.unit}".rstrip()
 
     def gap(self, value: float) -> str:
         """A difference with its unit."""
-        return f"{100 * value:.2f} points" if self.percent else self.text(value)
+        return f"{self.number(value)} {'points' if self.percent else self.unit}".rstrip()
 
 
 UNITS = {
     "test": Unit(name="test accuracy", percent=True),
     "val": Unit(name="validation accuracy", percent=True),
     "linear": Unit(name="linear classifier", percent=True),
-    "knn": Unit(name="nearest neighbours", percent=True),
+    "knn": Unit(name="nearest training images", percent=True),
     "r2": Unit(name="edges told by single patches, R²"),
     "distance": Unit(name="reach of attention", digits=2, unit="pixels"),
 }
@@ -137,6 +139,9 @@ def _splits(run: FinishedRun, measure: Measure, preprocessing: Preprocessing) ->
         storage=data.storage,
         broken=data.broken,
         label_column=data.label_column,
+        frames=data.frames,
+        frame_stride=data.frame_stride,
+        shuffle_frames=data.shuffle_frames,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def dots(part: PartResult) -> Figure:
     shown = _shown(part)
     columns = min(len(shown), 2)
     lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(WIDTH, lines * (0.55 + 0.24 * len(part.rows))))
+    figure = Figure(figsize=(WIDTH, lines * (0.7 + 0.24 * len(part.rows))))
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     names = [label(row.name, 26) for row in part.rows]
     for axes, (title, unit, values) in zip(panels, shown, strict=False):
@@ -100,7 +101,7 @@ def dots(part: PartResult) -> Figure:
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(axis="x")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_title(f"{title}, {unit}" if unit else title)
+        axes.set_title(textwrap.fill(label(f"{title}, {unit}" if unit else title, 56), 28))
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
     return figure
@@ -117,7 +118,7 @@ def _shown(part: PartResult) -> list[tuple[str, str, Sequence[Estimate | None]]]
         unit = unit_of(name)
         title = unit.name[0].upper() + unit.name[1:]
         values = [own.get(name) for own in part.measured]
-        found.append((label(title, 40), "%" if unit.percent else unit.unit, values))
+        found.append((title, "%" if unit.percent else unit.unit, values))
     return found
 
 
@@ -132,8 +133,7 @@ def _text(number: str, found: Estimate | None) -> str:
     if found is None:
         return "-"
     unit = unit_of(number)
-    factor, digits = (100, 2) if unit.percent else (1, unit.digits)
-    value, low, high = (f"{factor * own:.{digits}f}" for own in (found.value, found.low, found.high))
+    value, low, high = (unit.number(own) for own in (found.value, found.low, found.high))
     return f"{value} ({low} to {high})"
 
 

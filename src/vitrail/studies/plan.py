@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vitrail.config import RunConfig, load_config, nearest, read_yaml, shipped_yaml
+from vitrail.config import RunConfig, load_config, nearest, read_yaml
 from vitrail.evaluation.corruptions import CORRUPTIONS
 from vitrail.models import model_config
 from vitrail.tasks import find_task
@@ -168,11 +168,6 @@ class Study:
         return tuple(run for part in self.parts for run in part.runs)
 
 
-def list_studies() -> dict[str, str]:
-    """Names of the studies that come with the package, with the first line of their header comment."""
-    return {name: text.split("\n", 1)[0].lstrip("# ") for name, text in shipped_yaml("studies").items()}
-
-
 def plan_study(
     name: str | Path,
     folder: Path,
@@ -184,11 +179,11 @@ def plan_study(
     """Read a study and check every config in it; nothing is trained or written.
 
     Args:
-        name: One of `list_studies()`, or a YAML file.
+        name: One that comes with the package (`vitrail study` lists them), or a YAML file.
         folder: Where the run folders will lie.
         overrides: Dotted keys for all runs, above everything that the study says.
         seeds: Number of seeds of every run, instead of the study's own.
-        quick: A try: with the study's `quick` values, and without measures on other data sets.
+        quick: A try: with the study's `quick` values and one seed, and without measures on other data sets.
 
     Raises:
         ValueError: No such study, or anything in it that does not fit, in one line.
@@ -196,15 +191,17 @@ def plan_study(
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     overrides = dict(overrides or {})
-    if "train.seed" in overrides:
-        raise ValueError("a study runs several seeds: say how many with --seeds instead of one with --seed")
+    for key, option in (("train.seed", "--seeds N"), ("train.output", "--output FOLDER")):
+        if key in overrides:
+            raise ValueError(
+                f"a study holds several runs, each with a {key} of its own: give {option} instead"
+            )
     try:
         file = _StudyFile.model_validate(read_yaml(name, "studies", "study"))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"study {name}: {where}: {first['msg']}") from None
+        raise ValueError(f"study {name}: {_first(error)}") from None
     above = (file.quick if quick else {}) | overrides
+    seeds = seeds or (1 if quick else None)
     planned: dict[str, Planned] = {}
     parts = []
     for part in file.parts:
@@ -253,8 +250,7 @@ def _planned(
     try:
         origin = _Origin.model_validate({key: value for key, value in content.items() if "." not in key})
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ValueError(_first(error)) from None
     if (origin.recipe is None) == (origin.like is None):
         raise ValueError("expected either recipe: NAME, or like: RUN")
     recipe, count, values = origin.recipe, origin.seeds, dict(below)
@@ -272,9 +268,9 @@ def _planned(
         for key in _REFERRING:
             if (reference := _referred(found.get(key))) is not None:
                 other = _earlier(reference, earlier)
-                found[key] = str(other.folders[seed if other.seeds > 1 else 0])
-                if seed >= other.seeds > 1:
+                if count > other.seeds > 1:
                     raise ValueError(f"{reference} has {other.seeds} seeds, {name} {count}")
+                found[key] = str(other.folders[seed if other.seeds > 1 else 0])
         configs.append(load_config(recipe, found))
     start = _referred(shown.get("model.pretrained"))
     if start is None:
@@ -300,6 +296,12 @@ def _planned(
     )
 
 
+def _first(error: ValidationError) -> str:
+    """Where the first mistake is, and what."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 def _referred(value: Any) -> str | None:
     """The name in `{name}`; None for anything else."""
     found = _REFERENCE.match(value) if isinstance(value, str) else None
@@ -315,7 +317,9 @@ def _earlier(name: str, earlier: Mapping[str, Planned]) -> Planned:
 def _check_measure(where: str, measure: Measure, runs: list[Planned]) -> None:
     for corruption in measure.corruptions:
         if corruption not in CORRUPTIONS:
-            raise ValueError(f"{where}: unknown corruption {corruption!r}: {nearest(corruption, CORRUPTIONS)}")
+            raise ValueError(
+                f"{where}: unknown corruption {corruption!r}: {nearest(corruption, CORRUPTIONS)}"
+            )
     for run in runs:
         if measure.kind == "robustness" and not find_task(run.configs[0].task.name).classifies:
             raise ValueError(f"{where}: {run.name} is no classifier, so it has no robustness")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from vitrail.config import RunConfig, load_config
 from vitrail.studies.intervals import Estimate, share
-from vitrail.training import architecture, train
+from vitrail.training import train
 from vitrail.training.run import JUDGED
 
 Score = Literal["accuracy", "knn_accuracy"]
@@ -17,6 +17,9 @@ Score = Literal["accuracy", "knn_accuracy"]
 
 _NO_PART_OF_IT = {"train.seed", "train.output", "train.resume", "train.overwrite"}
 """Keys that do not make a run another one, but the same with another seed or elsewhere."""
+
+_FILLED_IN = {"model.name", "data.frames"}
+"""Keys that a run fills in itself where the config leaves them open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class FinishedRun:
     macs_per_image: int
     images_seen: int
     petaflop: float
-    """Of the training; what a teacher or a second encoder computes is not counted."""
+    """Of the training, all that a step computes: both passes, and those of decoders and teachers."""
     seconds: float
     tested_on: str
     """Fingerprint of the test images."""
@@ -68,8 +71,9 @@ def read_run(folder: Path) -> FinishedRun:
     images = {name: part["images"] for name, part in manifest["data"].items()}
     if score == "knn_accuracy":
         images = {name: min(count, JUDGED) for name, count in images.items()}
-    kept = manifest.get("best_step") or manifest["steps"]
-    val = next((record[score] for record in records if record["step"] == kept), None)
+    best = manifest.get("best_step")  # else the weights are those of the end
+    kept = [record[score] for record in records if best in (None, record["step"])]
+    val = kept[-1] if kept else None
     test = manifest.get("test_accuracy" if score == "accuracy" else "knn_accuracy")
     return FinishedRun(
         folder=folder,
@@ -103,22 +107,22 @@ def finish_run(config: RunConfig, folder: Path, *, command: str) -> FinishedRun:
     Raises:
         ValueError: The folder holds another run, or as `train`.
     """
-    name, _, _ = architecture(config)  # a finished run's config names it
-    section = config.train.model_copy(update={"output": folder, "resume": False, "overwrite": False})
-    model = config.model.model_copy(update={"name": name})
-    wanted = config.model_copy(update={"train": section, "model": model})
     if (folder / "config.yaml").is_file():
-        stored = load_config(folder / "config.yaml")
-        others = sorted(key for key, _ in settings(stored).items() ^ settings(wanted).items())
+        stored, wanted = settings(load_config(folder / "config.yaml")), settings(config)
+        others = [
+            key
+            for key in sorted(stored.keys() | wanted.keys())
+            if stored.get(key) != wanted.get(key) and not (key in _FILLED_IN and wanted[key] == "null")
+        ]
         if others:
             raise ValueError(
-                f"{folder} holds a run with another config ({', '.join(dict.fromkeys(others))}): choose "
-                "another folder with --output"
+                f"{folder} holds a run with another config ({', '.join(others)}): choose another folder with "
+                "--output"
             )
     if not is_finished(folder):
         started = (folder / "checkpoints" / "last.pt").is_file()
-        again = section.model_copy(update={"resume": started, "overwrite": not started})
-        train(wanted.model_copy(update={"train": again}), folder, command=command)
+        section = config.train.model_copy(update={"resume": started, "overwrite": not started})
+        train(config.model_copy(update={"train": section}), folder, command=command)
     return read_run(folder)
 
 

@@ -12,6 +12,7 @@ Whatever was stopped goes on when the same command is given again.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +164,10 @@ def answer(
     for claim in question.parts:
         verdict, sentence = decide(claim, known, labels)
         verdicts.append(verdict)
-        sentences.append(sentence)
-    order: tuple[Verdict, ...] = ("no", "not measured", "undecided")
-    found = next((verdict for verdict in order if verdict in verdicts), "yes")
+        alone = len(question.parts) == 1 or verdict == "not measured"
+        sentences.append(sentence if alone else f"{sentence} {verdict.capitalize()}.")
+    order: tuple[Verdict, ...] = ("no", "not measured", "undecided", "yes")
+    found = next(verdict for verdict in order if verdict in verdicts)
     return Answer(ask=question.ask, verdict=found, sentences=tuple(sentences))
 
 
@@ -179,9 +181,9 @@ def decide(
     """
     unit = unit_of(claim.of)
     first, second = (known[run].get(claim.of) for run in (claim.run, claim.than))
-    names = f"{unit.name}: {labels[claim.run]}"
+    name = unit.name[0].upper() + unit.name[1:]
     if first is None or second is None:
-        return "not measured", f"{names} against {labels[claim.than]} was not measured."
+        return "not measured", f"{name} of {labels[claim.run]} and {labels[claim.than]}: not measured."
     gap = difference(first, second)
     verdict: Verdict = "yes" if gap.low >= claim.by else "no" if gap.high < claim.by else "undecided"
     wanted = ""
@@ -189,14 +191,13 @@ def decide(
         wanted = f" Asked for: {unit.gap(claim.by)} more."
     elif claim.by < 0:
         wanted = f" Asked for: not more than {unit.gap(-claim.by)} less."
-    more = "more" if gap.value >= 0 else "less"
-    seeds = "1 seed" if gap.seeds == 1 else f"{gap.seeds} seeds"
-    sign = 1 if gap.value >= 0 else -1
+    sign, more = (1, "more") if gap.value >= 0 else (-1, "less")
     low, high = sorted((sign * gap.low, sign * gap.high))
     return verdict, (
-        f"{names} {unit.text(first.value)}, {labels[claim.than]} {unit.text(second.value)}: "
-        f"{unit.gap(abs(gap.value))} {more} (95 % interval {unit.gap(low)} to {unit.gap(high)}, {seeds})."
-        f"{wanted} {verdict.capitalize()}."
+        f"{name}: {unit.text(first.value)} ({labels[claim.run]}) against {unit.text(second.value)} "
+        f"({labels[claim.than]}), which is "
+        f"{unit.gap(abs(gap.value))} {more} (95 % interval {unit.number(low)} to {unit.number(high)}; "
+        f"{'1 seed' if gap.seeds == 1 else f'{gap.seeds} seeds'}).{wanted}"
     )
 
 
@@ -211,11 +212,12 @@ def outline(study: Study, *, timed: bool = True) -> str:
     for part in study.parts:
         lines.append(f"{part.title}:")
         for planned in part.runs:
-            states = [_state(folder) for folder in planned.folders]
+            counted = Counter(_state(folder) for folder in planned.folders)
+            states = ", ".join(f"{count} {state}" for state, count in counted.items())
             config = planned.configs[0]
             what = f"{planned.recipe}, task {config.task.name}, {config.train.duration}"
             left = sum(not is_finished(folder) for folder in planned.folders)
-            line = f"  {planned.label}: {what}, {planned.seeds} x {planned.model}; {', '.join(states)}"
+            line = f"  {planned.label}: {planned.model}, {what}; {states}"
             if timed and left:
                 cost = estimate(_standing_alone(planned))
                 own = cost.seconds_per_epoch * cost.steps / cost.steps_per_epoch

@@ -1,11 +1,14 @@
-"""Warnings while a run goes on: divergence, a loss that never moves, gradients, collapse of the attention.
+"""Warnings while a run goes on: divergence, a loss that never moves, gradients, collapse of the attention and
+of features that are learnt without labels.
 
 Nothing here costs a step anything: `Watch` reads the records that the loop writes anyway, and
 `attention_collapse` runs at evaluation points, one forward pass of a small fixed batch.
 
 Sources: Zhai et al. 2023, "Stabilizing Transformer Training by Preventing Attention Entropy Collapse"; Dong
 et al. 2021, "Attention is not all you need: pure attention loses rank doubly exponentially with depth"
-(tokens that become all alike; others call it oversmoothing); Roy and Vetterli 2007, "The effective rank".
+(tokens that become all alike; others call it oversmoothing); Roy and Vetterli 2007, "The effective rank";
+Chen and He 2021, "Exploring Simple Siamese Representation Learning" (collapse of features, and its measure);
+Caron et al. 2021, DINO, section 5.3 (both ways in which a teacher collapses).
 """
 
 from __future__ import annotations
@@ -44,6 +47,21 @@ CLIPPED_SHARE, CLIPPED_RECORDS = 0.9, 20
 VANISHED = 1e-6
 """A gradient norm below this, over even 10,000 weights, is 1e-8 a weight: AdamW's epsilon, below which its
 steps shrink."""
+LOW_SPREAD = 0.06
+"""Features whose spread over the sphere lies below this have collapsed. Measured on digits: fresh models have
+0.11 to 0.7, sound runs of every task 0.26 and more, collapsed ones (learning rate ten to a hundred times too
+high, a target encoder without momentum) 0.005 to 0.05 from the second epoch on."""
+LOW_DIRECTIONS = 2.0
+"""Effective rank of features that lie on little more than a line; two classes, well told apart, need no more,
+so it counts only where the neighbours have not become better either."""
+LOW_TARGET = 0.3
+"""Standard deviation of JEPA's targets, 1 at best; sound runs have 0.55 to 0.88, collapsed ones up to 0.2."""
+TEACHER_ENTROPY = (0.01, 0.998)
+"""Of DINO's teacher, over its largest: below, one prototype answers for all images; above, all answer alike.
+Sound runs begin at 0.4 and come up to 0.98, collapsed ones reach 0.999."""
+FOLLOWED = ("target_std", "teacher_entropy")
+"""Numbers of tasks whose targets move with the model: there a loss may rise while all is well, and fall while
+everything collapses."""
 
 
 class Watch:
@@ -55,12 +73,16 @@ class Watch:
     Args:
         total: Steps of the whole run.
         clip_norm: Largest gradient norm; 0: no clipping, and no warning about it.
-        num_classes: K of a classification, whose loss by chance is ln K; None: the first loss is chance.
+        num_classes: K of a classification, whose loss by chance is ln K; None: what the loss was first is
+            what it is measured against.
     """
 
     def __init__(self, *, total: int, clip_norm: float, num_classes: int | None = None) -> None:
         self.total, self.clip_norm = total, clip_norm
+        self._by_labels = num_classes is not None
         self._chance = None if num_classes is None else math.log(num_classes)
+        self._first_neighbours: float | None = None
+        self._best_neighbours = 0.0
         self._lowest = math.inf
         self._flat_since: int | None = None
         self._flat_records = 0
@@ -70,13 +92,19 @@ class Watch:
     def observe(self, record: Mapping[str, Any]) -> list[str]:
         """Take in a record ("train", or "val" with a `CollapseReport` under "collapse").
 
+        A "val" record of features without a classifier also has "feature_std", "effective_rank" and
+        "knn_accuracy".
+
         Returns:
             Warnings, each one line with advice; mostly none.
         """
         if record["kind"] == "train":
             found = self._training(record)
         elif "collapse" in record:
-            found = _collapse(record["collapse"], early=record["step"] < STUCK_SHARE * self.total)
+            early = record["step"] < STUCK_SHARE * self.total
+            found = _collapse(record["collapse"], early=early)
+            if "feature_std" in record:
+                found |= self._features(record, early=early)
         else:
             return []
         warnings = []
@@ -93,11 +121,15 @@ class Watch:
             self._chance = loss
         chance = self._chance
         self._lowest = min(self._lowest, loss)
-        return {
-            "diverged": self._diverged(loss, chance),
-            "stuck": self._stuck(loss, chance, step, record["lr"]),
+        found = {
             "exploded": self._exploded(record["grad_norm"]),
             "vanished": self._vanished(record, chance),
+        }
+        if any(name in record for name in FOLLOWED):
+            return found | _followed(record)
+        return found | {
+            "diverged": self._diverged(loss, chance),
+            "stuck": self._stuck(loss, chance, step, record["lr"]),
         }
 
     def _diverged(self, loss: float, chance: float) -> str | None:
@@ -118,10 +150,17 @@ class Watch:
         self._flat_records += 1
         if self._flat_records < STUCK_RECORDS or step - self._flat_since < STUCK_SHARE * self.total:
             return None
+        what, first, look = (
+            "fallen from where it began",
+            "first",
+            "whether the augmentation leaves enough to see",
+        )
+        if self._by_labels:
+            what, first, look = "moved from chance", "chance", "whether images and labels belong together"
         return (
-            f"the loss has not moved from chance ({loss:.3f}, chance {chance:.3f}) since step "
+            f"the loss has not {what} ({loss:.3f}, {first} {chance:.3f}) since step "
             f"{self._flat_since} at a learning rate of {rate:.1e}; lower optim.lr or lengthen optim.warmup "
-            "(`vitrail lr-range` finds a rate), and look whether images and labels belong together"
+            f"(`vitrail lr-range` finds a rate), and look {look}"
         )
 
     def _exploded(self, norm: float) -> str | None:
@@ -144,6 +183,55 @@ class Watch:
             f"gradients vanish (norm {record['grad_norm']:.1e}) at a loss of {record['loss']:.3f}; lower "
             "optim.lr, try another model.init, or look for parts that are cut off from the loss"
         )
+
+    def _features(self, record: Mapping[str, Any], *, early: bool) -> dict[str, str | None]:
+        """Every sign that features become worth less, with its warning or None."""
+        spread, rank, now = (record[key] for key in ("feature_std", "effective_rank", "knn_accuracy"))
+        first = self._first_neighbours = now if self._first_neighbours is None else self._first_neighbours
+        best = self._best_neighbours = max(self._best_neighbours, now)
+        advice = (
+            "lower optim.lr, lengthen optim.warmup, take a larger train.batch_size, or bring the task's "
+            "momentum or temperature back to its default"
+        )
+        return {
+            "spread": f"the features of all images are nearly alike (spread {spread:.3f}): {advice}"
+            if spread < LOW_SPREAD and not early
+            else None,
+            "directions": f"the features use hardly more than one direction (rank {rank:.1f}): {advice}"
+            if rank < LOW_DIRECTIONS and now <= first and not early
+            else None,
+            "neighbours": f"the features get worse (k-NN accuracy {100 * now:.1f} % after "
+            f"{100 * best:.1f} %): stop here, lower optim.lr, or shorten train.duration"
+            if now < LOST_SHARE * best
+            else None,
+        }
+
+
+def _followed(record: Mapping[str, Any]) -> dict[str, str | None]:
+    """Signs that targets which move with the model have collapsed, with the warning or None."""
+    found: dict[str, str | None] = {}
+    if (deviation := record.get("target_std")) is not None:
+        found["targets"] = (
+            f"the targets of all patches become alike (deviation {deviation:.2f}, 1 at best): raise "
+            "task.momentum (0.996), or lower optim.lr"
+            if deviation < LOW_TARGET
+            else None
+        )
+    if (entropy := record.get("teacher_entropy")) is not None:
+        low, high = TEACHER_ENTROPY
+        found["one prototype"] = (
+            f"the teacher gives all images one answer (entropy {entropy:.3f}): raise "
+            "task.teacher_temperature, or let its centre follow faster (lower task.centre_momentum)"
+            if entropy < low
+            else None
+        )
+        found["no answer"] = (
+            f"the teacher's answer is the same for all prototypes (entropy {entropy:.3f}): lower "
+            "task.teacher_temperature or optim.lr, or raise task.momentum"
+            if entropy > high
+            else None
+        )
+    return found
 
 
 def _collapse(report: CollapseReport, *, early: bool) -> dict[str, str | None]:
