@@ -367,6 +367,7 @@ def test_an_interrupted_study_goes_on_and_answers(small: Path, capsys: pytest.Ca
 
     reader = Reader()
     reader.feed(page)
+    assert "prove nothing" not in page
     assert len(reader.sources) == 4
     assert all(source.startswith("data:image/png;base64,") for source in reader.sources)
     for own in found["answers"]:
@@ -398,6 +399,8 @@ def test_studies_of_the_package_run_on_digits(
     found = json.loads((tmp_path / "runs" / f"study-{name}" / "study.json").read_text())
     assert sum(len(part["runs"]) for part in found["parts"]) == len(study.runs)
     assert len(found["answers"]) == len(study.questions)
+    page = (tmp_path / "runs" / f"study-{name}" / "report.html").read_text()
+    assert "whose answers prove nothing" in page
     assert capsys.readouterr().out.endswith(f"report runs/study-{name}/report.html\n")
 
 

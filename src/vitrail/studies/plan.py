@@ -159,6 +159,8 @@ class Study:
     about: str
     parts: tuple[PlannedPart, ...]
     questions: tuple[Question, ...]
+    quick: bool
+    """A try with very short runs, whose answers prove nothing."""
     left_out: tuple[str, ...]
     """Measures that a quick study leaves out."""
 
@@ -234,6 +236,7 @@ def plan_study(
             for part in parts
         ),
         questions=file.questions,
+        quick=quick,
         left_out=tuple(own.title for part in parts for own in part.measures if quick and own.dataset),
     )
 
