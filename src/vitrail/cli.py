@@ -637,7 +637,12 @@ def _probe(options: argparse.Namespace) -> None:
     from vitrail.pretrained.hub import from_pretrained
 
     stored = from_pretrained(options.model)
-    wanted = DataSection(name=options.dataset, root=options.root, train_fraction=options.train_fraction)
+    wanted = DataSection(
+        name=options.dataset,
+        root=options.root,
+        train_fraction=options.train_fraction,
+        frames=getattr(stored.model.config, "num_frames", None),
+    )
     found = probe(
         stored.model,
         Preprocessing.from_dict(stored.preprocessing),
@@ -663,20 +668,9 @@ def _test_images(data: DataSection, preprocessing: Mapping[str, Any]) -> Images:
 
 def _splits(data: DataSection, preprocessing: Mapping[str, Any]) -> Splits:
     """The images of a data section, as a model with this preprocessing takes them."""
-    from vitrail.datasets import load_dataset
+    from vitrail.datasets import load_section
 
-    return load_dataset(
-        data.name,
-        root=data.root,
-        val_fraction=data.val_fraction,
-        split_seed=data.split_seed,
-        train_fraction=data.train_fraction,
-        img_size=tuple(preprocessing["img_size"]),
-        in_chans=preprocessing["in_chans"],
-        storage=data.storage,
-        broken=data.broken,
-        label_column=data.label_column,
-    )
+    return load_section(data, img_size=tuple(preprocessing["img_size"]), in_chans=preprocessing["in_chans"])
 
 
 def _predict(options: argparse.Namespace) -> None:

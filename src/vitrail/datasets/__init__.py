@@ -11,7 +11,14 @@ from vitrail.datasets.file_set import FileSet, Images
 from vitrail.datasets.images import ImageSet, stratified_split
 from vitrail.datasets.loading import batches, steps_per_epoch
 from vitrail.datasets.sources import SOURCES, Source
-from vitrail.datasets.splits import Splits, find_items, from_dataset, list_datasets, load_dataset
+from vitrail.datasets.splits import (
+    Splits,
+    find_items,
+    from_dataset,
+    list_datasets,
+    load_dataset,
+    load_section,
+)
 from vitrail.datasets.transforms import BrokenImageError, Preprocessing
 
 __all__ = [
@@ -28,6 +35,7 @@ __all__ = [
     "from_dataset",
     "list_datasets",
     "load_dataset",
+    "load_section",
     "side_by_side",
     "steps_per_epoch",
     "stratified_split",

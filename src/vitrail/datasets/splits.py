@@ -121,6 +121,27 @@ def list_datasets() -> list[str]:
     return sorted([*SOURCES, "imagenet", MOVING_MNIST])
 
 
+def load_section(
+    data: DataSection, *, img_size: int | tuple[int, int] | None = None, in_chans: int | None = None
+) -> Splits:
+    """The data set that a config's `data` section names; other arguments and errors as in `load_dataset`."""
+    return load_dataset(
+        data.name,
+        root=data.root,
+        val_fraction=data.val_fraction,
+        split_seed=data.split_seed,
+        train_fraction=data.train_fraction,
+        img_size=img_size,
+        in_chans=in_chans,
+        storage=data.storage,
+        broken=data.broken,
+        label_column=data.label_column,
+        frames=data.frames,
+        frame_stride=data.frame_stride,
+        shuffle_frames=data.shuffle_frames,
+    )
+
+
 def load_dataset(
     name: str | os.PathLike[str],
     *,

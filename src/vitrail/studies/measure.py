@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vitrail.datasets import Images, Preprocessing, Splits, load_dataset
+from vitrail.datasets import Images, Preprocessing, Splits, load_section
 from vitrail.evaluation.corruptions import robustness
 from vitrail.evaluation.dense import dense_probe
 from vitrail.evaluation.probe import Share, probe
@@ -128,20 +128,9 @@ def _reach(model: Encoder, images: Images, preprocessing: Preprocessing, device:
 def _splits(run: FinishedRun, measure: Measure, preprocessing: Preprocessing) -> Splits:
     """The images that a measure takes, as the run's model takes them."""
     data = run.config.data
-    return load_dataset(
-        measure.dataset or data.name,
-        root=data.root,
-        val_fraction=data.val_fraction,
-        split_seed=data.split_seed,
-        train_fraction=measure.train_fraction,
-        img_size=preprocessing.img_size,
-        in_chans=preprocessing.in_chans,
-        storage=data.storage,
-        broken=data.broken,
-        label_column=data.label_column,
-        frames=data.frames,
-        frame_stride=data.frame_stride,
-        shuffle_frames=data.shuffle_frames,
+    wanted = {"name": measure.dataset or data.name, "train_fraction": measure.train_fraction}
+    return load_section(
+        data.model_copy(update=wanted), img_size=preprocessing.img_size, in_chans=preprocessing.in_chans
     )
 
 

@@ -20,7 +20,7 @@ from vitrail.datasets import (
     ImageSet,
     Preprocessing,
     Splits,
-    load_dataset,
+    load_section,
     steps_per_epoch,
 )
 from vitrail.datasets.loading import BatchReader
@@ -229,20 +229,10 @@ def _load(
     if prepared is not None:
         model_size = tuple(prepared["img_size"])
         in_chans = prepared["in_chans"]
-    return load_dataset(
-        data.name,
-        root=data.root,
-        val_fraction=data.val_fraction,
-        split_seed=data.split_seed,
-        train_fraction=data.train_fraction,
+    return load_section(
+        data.model_copy(update={"frames": frames}),
         img_size=wanted or model_size,
         in_chans=in_chans if prepared is not None or find_source(data.name) is None else None,
-        storage=data.storage,
-        broken=data.broken,
-        label_column=data.label_column,
-        frames=frames,
-        frame_stride=data.frame_stride,
-        shuffle_frames=data.shuffle_frames,
     )
 
 
