@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vitrail.cli import main
 from vitrail.config import RunConfig, load_config
 from vitrail.datasets import ImageSet, Splits
 from vitrail.models.video_vit import VideoViT
@@ -166,3 +168,18 @@ def test_a_video_model_asks_for_as_many_frames_as_it_takes(folder: Path) -> None
         None, {"model.name": "video_vit_28", "model.num_frames": 5, "data.name": str(folder)}
     )
     assert prepare(config).splits.train.stored.shape[1] == 5
+
+
+def test_the_commands_take_clips(
+    folder: Path, masked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    options = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+    main(["train", *options, "--dataset", str(folder), "--output", str(run)])
+    assert re.search(r"^test accuracy .* 10 images\)$", capsys.readouterr().out, re.MULTILINE)
+    assert (run / "figures" / "attention.png").is_file()
+    assert (run / "figures" / "predictions.png").is_file()
+    main(["evaluate", str(run), "--json"])
+    assert json.loads(capsys.readouterr().out)["count"] == 10
+    main(["probe", str(masked), str(folder), "--json"])
+    assert json.loads(capsys.readouterr().out)["test_images"] == 10

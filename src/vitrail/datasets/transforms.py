@@ -181,16 +181,17 @@ class Preprocessing:
         """Resize to `img_size`, whatever the proportions.
 
         Args:
-            images: Floating point [B, C, H, W].
+            images: Floating point [B, C, H, W], or clips [B, T, C, H, W].
 
         Returns:
-            [B, C, *img_size]; `images` itself where it has that size.
+            [..., C, *img_size]; `images` itself where it has that size.
         """
         if tuple(images.shape[-2:]) == self.img_size:
             return images
-        if self.interpolation == "nearest":
-            return F.interpolate(images, self.img_size, mode="nearest-exact")
-        return F.interpolate(images, self.img_size, mode=self.interpolation, antialias=True)
+        smooth = self.interpolation != "nearest"
+        mode = self.interpolation if smooth else "nearest-exact"
+        resized = F.interpolate(images.flatten(0, -4), self.img_size, mode=mode, antialias=smooth)
+        return resized.unflatten(0, images.shape[:-3])
 
     def prepare(self, images: Tensor) -> Tensor:
         """Resize and normalise a batch: uint8 [B, C, H, W] -> float32 [B, C, *img_size], on its device."""

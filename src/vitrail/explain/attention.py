@@ -83,7 +83,7 @@ def attention_maps(
     Raises:
         ValueError: No such layer, head or pixel; a named layer in which patches do not ask; no such tap.
     """
-    flow = model.flow((images.shape[2], images.shape[3]))
+    flow = model.flow((images.shape[-2], images.shape[-1]))
     steps = _chosen(flow, layers, asking_patches=point is not None)
     found: dict[str, AttentionMap] = {}
 
@@ -137,7 +137,7 @@ def patch_attention(
         tap: "weights1" and "weights2" are the two softmax maps of differential attention; layers that have
             none are left out.
     """
-    flow = model.flow((image.shape[2], image.shape[3]))
+    flow = model.flow((image.shape[-2], image.shape[-1]))
     known = taps(model)
     steps = [step for step in flow.attentions if f"{step.name}.{tap}" in known]
     found: dict[str, PatchAttention] = {}

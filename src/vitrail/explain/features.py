@@ -88,7 +88,7 @@ def nearest_patches(
     Raises:
         ValueError: No such patch or layer, or fewer patches in the other images than are to be found.
     """
-    patches = _by_layer(model, images, (layer,))[layer].map().permute(0, 2, 3, 1).float()
+    patches = _by_layer(model, images, (layer,))[layer].map().flatten(2, -2).permute(0, 2, 3, 1).float()
     B, rows, columns, _ = patches.shape
     for name, number, size in (("image", image, B), ("row", row, rows), ("column", column, columns)):
         if not 0 <= number < size:
@@ -131,7 +131,9 @@ def layer_vectors(model: Encoder, images: Tensor) -> list[LayerVectors]:
         model: Any encoder, with or without a head.
         images: [B, C, height, width], normalised.
     """
-    tokens = model.flow((images.shape[2], images.shape[3])).reads[-1].prefix  # of CrossViT: the large branch
+    tokens = (
+        model.flow((images.shape[-2], images.shape[-1])).reads[-1].prefix
+    )  # of CrossViT: the large branch
     return [
         LayerVectors(
             patches=features.patches.mean(dim=1),
@@ -296,7 +298,7 @@ def _by_layer(model: Encoder, images: Tensor, layers: Sequence[int] | None) -> d
 
 def _colours(layer: int, features: Features) -> Tensor:
     """Of one layer, [B, rows, columns, 3]."""
-    patches = features.map().permute(0, 2, 3, 1).cpu().double()  # [B, rows, columns, D]
+    patches = features.map().flatten(2, -2).permute(0, 2, 3, 1).cpu().double()  # [B, rows, columns, D]
     centred = patches.flatten(0, 2)
     centred = centred - centred.mean(dim=0)
     covariance = centred.T @ centred

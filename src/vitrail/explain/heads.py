@@ -64,7 +64,7 @@ def head_statistics(model: Encoder, batches: Iterable[Tensor]) -> list[LayerHead
         sums[step.name].add(by_image(step, weights).float())
 
     for images in batches:
-        size = (images.shape[2], images.shape[3])
+        size = (images.shape[-2], images.shape[-1])
         if shape not in (None, size):
             raise ValueError(f"images of one size are needed, got {shape} and {size}")
         shape = size

@@ -178,7 +178,7 @@ def _fused(
     """The attention of every layer with its heads fused; and the shares of sequence pooling."""
     if heads not in get_args(Fusion):
         raise ValueError(f"heads: expected 'mean', 'max' or 'min', got {heads!r}")
-    flow = model.flow((images.shape[2], images.shape[3]))
+    flow = model.flow((images.shape[-2], images.shape[-1]))
     fused: dict[str, Tensor] = {}
 
     def see(step: AttentionStep, weights: Tensor) -> None:
@@ -193,7 +193,7 @@ def _weighted(
     model: Encoder, images: Tensor, target: Target
 ) -> tuple[Flow, dict[str, Tensor], dict[str, Tensor]]:
     """relu(gradient * weights), mean over the heads, of every layer; and the shares of sequence pooling."""
-    flow = model.flow((images.shape[2], images.shape[3]))
+    flow = model.flow((images.shape[-2], images.shape[-1]))
     names = [f"{step.name}.weights" for step in flow.attentions]
     with torch.enable_grad(), record(model, *names, *_shares(flow)) as seen:
         # With a gradient to the image, frozen models have one to their weights too.

@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from vitrail.config import load_config
-from vitrail.datasets import Images, Preprocessing
+from vitrail.datasets import Images, Preprocessing, side_by_side
 from vitrail.evaluation.metrics import ClassificationMetrics, Evaluation, read_evaluation
 from vitrail.evaluation.representation import RepresentationMetrics
 from vitrail.explain.attention import attention_layers, attention_maps
@@ -208,7 +208,7 @@ def _draw_test(test: Images, evaluation: Evaluation | None) -> Drawn:
             else:
                 captions.append(f"✗ {said}\ntrue: {label(test.classes[truth], 13)}")
             colours.append(INK if answer == truth else RED)
-        return image_grid(images, captions, columns=4, colours=colours)
+        return image_grid(side_by_side(images), captions, columns=4, colours=colours)
 
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     return {
@@ -234,13 +234,17 @@ def _draw_inside(model: Encoder, preprocessing: Preprocessing, test: Images) -> 
     depth = len(attention_layers(model))
     layers = np.unique(np.linspace(0, depth - 1, min(depth, ATTENTION_LAYERS)).round().astype(int)).tolist()
     maps = attention_maps(model, inputs, layers=layers)
+    pictures, heats = side_by_side(images), [own.values for own in maps]
+    if images.ndim == 5:  # maps show the moments below each other
+        moments = model.forward_features(inputs[:1]).grid[0]
+        heats = [side_by_side(own.unflatten(1, (moments, -1))[:, :, None])[:, 0] for own in heats]
     tiles, captions, heat = [], [], []
     for row, truth in enumerate(labels.tolist()):
-        tiles += [images[row]] * (1 + len(layers))
+        tiles += [pictures[row]] * (1 + len(layers))
         captions += [label(test.classes[truth], 16), *(f"layer {layer + 1}" for layer in layers)]
-        heat += [None, *(own.values[row] for own in maps)]
+        heat += [None, *(own[row] for own in heats)]
     drawn["attention"] = image_grid(torch.stack(tiles), captions, columns=1 + len(layers), heat=heat)
-    grid = model.flow((inputs.shape[2], inputs.shape[3])).start[-1].grid
+    grid = model.flow((inputs.shape[-2], inputs.shape[-1])).start[-1].grid
     try:
         drawn["positions"] = similarity_grid(read_positions(model, grid).similarity.cpu())
     except ValueError as error:
