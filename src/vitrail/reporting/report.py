@@ -105,7 +105,8 @@ def write_report(run: Path, *, model: Encoder, preprocessing: Preprocessing, tes
     )
     environment.filters |= {"finding": finding, "percent": _percent, "thousands": _thousands}
     page = environment.get_template("report.html.jinja").render(
-        title=f"{config.model.name} on {config.data.name}",
+        title=f"{config.model.name} on {config.data.name}"
+        + ("" if config.task.name == "classify" else f": {config.task.name}"),
         run=run.resolve().name,
         test=test,
         headline=list(_headline(manifest, metrics, features, lines)),
