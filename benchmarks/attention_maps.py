@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 
 import torch
 
 import vitrail.torchvision_ops  # noqa: F401  (before transformers imports torchvision)
-from measure import machine, median_ratio, summary, write_result
+from measure import in_turns, machine, median_ratio, peak_growth, printed_by, summary, write_result
 from vitrail.explain.attention import attention_maps
 from vitrail.models import build_model
 
@@ -68,25 +64,13 @@ def main() -> None:
     size = "tiny" if options.quick else "base"
     torch.set_grad_enabled(False)
     if options.memory:
-        act = prepare(options.memory, size)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        act()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print(peak_growth(prepare(options.memory, size), times=1))
         return
     about = machine("transformers")
-    memory = {}
-    for way in WAYS:
-        words = [sys.executable, __file__, "--memory", way, *(["--quick"] if options.quick else [])]
-        memory[way] = float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    quick = ["--quick"] if options.quick else []
+    memory = {way: printed_by(__file__, "--memory", way, *quick) for way in WAYS}
     acts = {way: prepare(way, size) for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for act in acts.values():
-        act()
-    for _ in range(1 if options.quick else options.repetitions):
-        for way, act in acts.items():
-            began = time.perf_counter()
-            act()
-            seconds[way].append(time.perf_counter() - began)
+    seconds = in_turns(acts, repetitions=1 if options.quick else options.repetitions)
     result = {
         "machine": about,
         "model": f"vit_{size}_patch16_224",

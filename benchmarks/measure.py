@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
-from collections.abc import Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,33 @@ def machine(*peers: str) -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "versions": versions() | {name: metadata.version(name) for name in peers},
     }
+
+
+def in_turns(acts: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of several ways to do a thing, in turns, after one of each to warm up."""
+    seconds: dict[str, list[float]] = {way: [] for way in acts}
+    for act in acts.values():
+        act()
+    for _ in range(repetitions):
+        for way, act in acts.items():
+            began = time.perf_counter()
+            act()
+            seconds[way].append(time.perf_counter() - began)
+    return seconds
+
+
+def peak_growth(act: Callable[[], object], times: int) -> float:
+    """MiB by which this process's highest memory (ru_maxrss) grows while something is done some times."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(times):
+        act()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def printed_by(script: str, *options: str) -> float:
+    """The number that a benchmark prints in a process of its own."""
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
