@@ -230,7 +230,7 @@ def test_flip_and_crop_of_a_batch_are_windows_of_the_padded_images_or_their_mirr
 
 def test_resized_crop_keeps_its_area_and_aspect():
     section = AugmentSection(resized_crop=0.2)
-    matrices = Augment(section)._geometry(torch.zeros(4000, 1, 30, 40), generator())
+    matrices = Augment(section)._geometry(torch.zeros(4000, 1, 30, 40), generator(), None)
     widths, heights = matrices[:, 0, 0] * 40, matrices[:, 1, 1] * 30
     areas = widths * heights / 1200
     ratios = widths / heights
@@ -245,14 +245,14 @@ def test_resized_crop_keeps_its_area_and_aspect():
 
 def test_affine_parts_stay_in_their_ranges():
     images = torch.zeros(2000, 1, 20, 40)
-    turn = Augment(AugmentSection(rotate=10))._geometry(images, generator())
+    turn = Augment(AugmentSection(rotate=10))._geometry(images, generator(), None)
     degrees = torch.rad2deg(torch.atan2(turn[:, 1, 0], turn[:, 0, 0]))
     assert 9.8 < degrees.max() <= 10.001
     assert -10.001 <= degrees.min() < -9.8
-    move = Augment(AugmentSection(translate=0.1))._geometry(images, generator())
+    move = Augment(AugmentSection(translate=0.1))._geometry(images, generator(), None)
     assert 3.9 < move[:, 0, 2].abs().max() <= 4.001
     assert 1.9 < move[:, 1, 2].abs().max() <= 2.001
-    size = 1 / Augment(AugmentSection(scale=0.2))._geometry(images, generator())[:, 0, 0]
+    size = 1 / Augment(AugmentSection(scale=0.2))._geometry(images, generator(), None)[:, 0, 0]
     assert 0.799 <= size.min() < 0.81
     assert 1.19 < size.max() <= 1.201
 

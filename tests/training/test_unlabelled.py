@@ -68,11 +68,11 @@ def secret() -> Splits:
     return Splits(train=hidden, val=digits.val, test=digits.test)
 
 
-def test_the_secret_is_kept(secret: Splits) -> None:
+def test_the_secret_is_kept(secret: Splits, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="was read"):
         secret.train.batch([0])
     with pytest.raises(AssertionError, match="was read"):
-        train(config("digits-vit"), Path("unused"), command="", splits=secret)
+        train(config("digits-vit"), tmp_path / "run", command="", splits=secret)
 
 
 @pytest.mark.parametrize("method", WITHOUT_LABELS)

@@ -138,8 +138,9 @@ class MAEInfoNCE(Combined):
         for parameter in free:
             parameter.requires_grad_(True)
         super().__init__({"mae": (mae, mae_weight), "infonce": (infonce, infonce_weight)})
-        self._mae = (mae,)  # in a tuple: it is a submodule already, in `parts`
 
     def reconstruct(self, images: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
         """What the masked autoencoder makes of images of which it sees a part; see `MAE.reconstruct`."""
-        return self._mae[0].reconstruct(images, generator)
+        mae = self._tasks["mae"]
+        assert isinstance(mae, MAE)
+        return mae.reconstruct(images, generator)

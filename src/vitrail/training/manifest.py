@@ -12,13 +12,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vitrail.evaluation.cost import count_macs, count_parameters, count_training_operations
 from vitrail.models import Encoder
 from vitrail.processes import world
+from vitrail.tasks import Batch
 from vitrail.training.checkpoint import TrainingState
-from vitrail.training.setup import Run, training_batches
+from vitrail.training.setup import Run
 
 
 def manifest(
@@ -47,8 +49,7 @@ def manifest(
     # The usual estimate for a classifier: the backward pass costs twice the forward pass.
     operations = 3.0 * 2 * macs
     if run.config.task.name != "classify" and world() == 1:
-        batch = next(training_batches(run, 0))
-        operations = count_training_operations(run.task, {name: own[:4] for name, own in batch.items()})
+        operations = count_training_operations(run.task, _some_images(run))
     parts = (("train", run.splits.train), ("val", run.splits.val), ("test", run.splits.test))
     return {
         "command": command,
@@ -73,6 +74,20 @@ def manifest(
         "hardware": hardware(run.accelerator.device),
         "versions": versions(),
     }
+
+
+def _some_images(run: Run, most: int = 4) -> Batch:
+    """A batch of the shapes that the task gets, without reading and augmenting a whole one."""
+    views, train = run.task.views, run.splits.train
+    pixels = run.preprocessing.prepare(train.pixels(np.arange(min(most, len(train)))))
+    pixels = pixels.to(run.accelerator.device)
+    batch = {"images": pixels} if views.full == 1 else {"views": torch.stack([pixels] * views.full, dim=1)}
+    if views.crops:
+        shape = (len(pixels), views.crops, *pixels.shape[1:-2], *views.crop_size)
+        batch["crops"] = pixels.new_zeros(shape)
+    if run.task.needs_labels:
+        batch["targets"] = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+    return batch
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
