@@ -17,8 +17,9 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/vitrail train digits-vit --train.output runs/demo --train.overwrite true
 
+# One thread for each of the two workers: more would wait for each other.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check .
