@@ -96,7 +96,7 @@ def test_equal_answers_cost_nothing() -> None:
     model = _student().eval()
     task = Distill(model, teacher=_student(), alpha=1.0).eval()
     output = task(_batch(), 0)
-    assert float(output["loss"].detach()) == pytest.approx(0.0, abs=1e-6)
+    assert float(output["loss"].detach()) == pytest.approx(0.0, abs=1e-5)  # rounding, times T^2 = 16
     assert float(output["agreement"]) == 1.0
 
 
