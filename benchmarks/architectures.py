@@ -26,38 +26,26 @@ repetition.
 
 from __future__ import annotations
 
-import vitrail.torchvision_ops  # noqa: F401  (before timm and torchvision)
-
-# isort: split
 import argparse
 import fnmatch
 import importlib.util
 import json
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import transformers
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
 
-from measure import RESULTS, machine, median_ratio, summary
+from measure import RESULTS, in_turns, machine, median_ratio, summary
+from vitrail.bench.measure import forward_pass, training_step
+from vitrail.bench.peers import OURS, PEERS, contest, input_shape
+from vitrail.bench.timing import product, product_rate
 from vitrail.evaluation.cost import count_macs, count_parameters
 from vitrail.files import write_whole
-from vitrail.models import Encoder, build_model
-from vitrail.models.diffvit import BASELINES
-from vitrail.pretrained.formats import to_theirs
-from vitrail.pretrained.formats import torchvision as torchvision_format
-from vitrail.pretrained.formats import transformers as transformers_format
 
-TOLERANCE = 1e-4
-"""Largest difference of logits between contestants."""
+INSTALLED = tuple(peer for peer in PEERS if importlib.util.find_spec(peer.replace("-", "_")))
 FASTEST = 0.95
 """At least so large must the ratio to the fastest peer be."""
 PRODUCT = "product"
@@ -110,145 +98,9 @@ CASES = {
     "pvt_v2_b2_li": Case(peers=("timm", "transformers"), tiny=_TINY_PVT, over_timm=_BOTH),
     "cait_xxs24_224": Case(peers=("timm",), tiny=_TINY_VIT, over_timm=_BOTH),
     "crossvit_9_240": Case(peers=("timm",), tiny={"img_size": 120}),
-    "cct_7_3x1_32": Case(peers=("vit_pytorch",), tiny={"img_size": 16, "depth": 1}),
+    "cct_7_3x1_32": Case(peers=("vit-pytorch",), tiny={"img_size": 16, "depth": 1}),
     "diffvit_small_patch16_224": Case(peers=("timm",), tiny=_TINY_VIT),
 }
-
-
-class Logits(nn.Module):
-    """A transformers classifier that takes and gives plain tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(pixel_values=images).logits
-
-
-def _timm(name: str, changes: Mapping[str, Any], ours: Encoder) -> nn.Module:
-    options: dict[str, Any] = {"drop_path_rate": 0.0, **changes}  # its Swin has 0.1
-    if differential := name in BASELINES:
-        name, options = BASELINES[name], options | {"attn_layer": "diff", "num_heads": ours.config.num_heads}
-    peer = timm.create_model(name, **options)
-    if differential:
-        for block in peer.blocks:
-            block.attn.proj.bias = None  # as in the authors' code; timm's option takes the MLP's biases too
-    peer.load_state_dict(to_theirs(ours.state_dict(), "timm", ours.config))
-    return peer
-
-
-def _transformers(name: str, changes: Mapping[str, Any], ours: Encoder) -> nn.Module:
-    described = transformers_format.write_config(ours.config, ())
-    architecture = getattr(transformers, described["architectures"][0])
-    converted = to_theirs(ours.state_dict(), "transformers", ours.config)
-    state = {key: tensor.clone() for key, tensor in converted.items()}  # it would keep ours otherwise
-    config = architecture.config_class.from_dict(described)
-    return Logits(architecture.from_pretrained(None, config=config, state_dict=state))
-
-
-def _torchvision(name: str, changes: Mapping[str, Any], ours: Encoder) -> nn.Module:
-    peer = torchvision_format.build(ours.config)
-    peer.load_state_dict(to_theirs(ours.state_dict(), "torchvision", ours.config))
-    for module in peer.modules():
-        if isinstance(module, StochasticDepth):  # its Swin has 0.1
-            module.p = 0.0
-    return peer
-
-
-def _vit_pytorch(name: str, changes: Mapping[str, Any], ours: Encoder) -> nn.Module:
-    from vit_pytorch.cct import CCT  # optional: not among the packages for developers
-
-    config = ours.config
-    peer = CCT(
-        img_size=config.image_shape,
-        embedding_dim=config.embed_dim,
-        n_conv_layers=config.num_convs,
-        kernel_size=config.kernel_size,
-        stride=1,
-        padding=config.kernel_size // 2,
-        num_layers=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
-        num_classes=config.num_classes,
-        positional_embedding="learnable",
-        attention_dropout=0.0,
-        stochastic_depth_rate=0.0,
-    )
-    peer.load_state_dict(ours.state_dict())
-    return peer
-
-
-_BUILDERS: dict[str, Callable[[str, Mapping[str, Any], Encoder], nn.Module]] = {
-    "timm": _timm,
-    "transformers": _transformers,
-    "torchvision": _torchvision,
-    "vit_pytorch": _vit_pytorch,
-}
-INSTALLED = tuple(peer for peer in _BUILDERS if importlib.util.find_spec(peer))
-
-
-def contestants(name: str, changes: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Our model and the same one of every installed peer, with the same random weights."""
-    torch.manual_seed(0)
-    ours = build_model(name, **changes)
-    with torch.no_grad():
-        for parameter in ours.parameters():  # so that what begins as zero or one counts in the logits too
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    peers = (peer for peer in CASES[name].peers if peer in INSTALLED)
-    return {"vitrail": ours} | {peer: _BUILDERS[peer](name, changes, ours) for peer in peers}
-
-
-@torch.no_grad()
-def logit_differences(name: str, models: Mapping[str, nn.Module], images: Tensor) -> dict[str, float]:
-    """The largest difference of each peer's logits from ours, both in train mode.
-
-    Raises:
-        ValueError: It is not below 1e-4: the times would not be of the same work.
-    """
-    logits = {contestant: model.train()(images) for contestant, model in models.items()}
-    ours = logits.pop("vitrail")
-    found = {peer: (theirs - ours).abs().max().item() for peer, theirs in logits.items()}
-    for peer, difference in found.items():
-        if not difference < TOLERANCE:
-            raise ValueError(
-                f"{name}: {peer}'s logits differ from ours by {difference:.2g}, allowed {TOLERANCE:g}"
-            )
-    return found
-
-
-def take_times(runs: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, list[float]]:
-    """Seconds of each run in each repetition; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(-settings.warmup, settings.repetitions):
-        at = number % len(runs)
-        for name in [*runs][at:] + [*runs][:at]:
-            began = time.perf_counter()
-            runs[name]()
-            seconds = time.perf_counter() - began
-            if number >= 0:
-                times[name].append(seconds)
-    return times
-
-
-def forward_pass(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    """A forward pass, to be called again and again."""
-
-    @torch.no_grad()
-    def run() -> None:
-        model(images)
-
-    return run
-
-
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """A training step without optimiser, to be called again and again."""
-
-    def run() -> None:
-        F.cross_entropy(model(images), labels).backward()
-        model.zero_grad()
-
-    return run
 
 
 def measure(name: str, settings: Settings) -> dict[str, Any]:
@@ -261,30 +113,31 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: A peer is another model.
     """
-    models = contestants(name, CASES[name].tiny if settings.quick else {})
-    ours = models["vitrail"]
-    shape, batch = (ours.config.in_chans, *ours.config.image_shape), settings.batch_size
+    peers = [peer for peer in CASES[name].peers if peer in INSTALLED]
+    contestants = contest(name, CASES[name].tiny if settings.quick else {}, peers)
+    if contestants.absent:
+        raise ValueError("; ".join(f"{name}: {peer}: {why}" for peer, why in contestants.absent.items()))
+    models = contestants.models
+    ours = models[OURS]
+    shape, batch = input_shape(ours.config), settings.batch_size
     images = torch.randn(batch, *shape)
-    labels = torch.randint(ours.config.num_classes, (batch,))
     macs = count_macs(ours, shape)
-    differences = logit_differences(name, models, images)
 
     times = {}
     runs = {contestant: forward_pass(model.eval(), images) for contestant, model in models.items()}
-    times["forward"] = take_times(runs, settings)
-    runs = {contestant: training_step(model.train(), images, labels) for contestant, model in models.items()}
-    left, right = torch.randn(2, settings.product_size, settings.product_size)
-    runs[PRODUCT] = lambda: left @ right
-    times["training"] = take_times(runs, settings)
+    times["forward"] = in_turns(runs, settings.repetitions, warmup=settings.warmup)
+    runs = {contestant: training_step(model.train(), images) for contestant, model in models.items()}
+    runs[PRODUCT] = product(settings.product_size, torch.float32, torch.device("cpu"))
+    times["training"] = in_turns(runs, settings.repetitions, warmup=settings.warmup)
 
-    product = times["training"].pop(PRODUCT)
-    ceiling = 2 * settings.product_size**3 / statistics.median(product)
+    products = times["training"].pop(PRODUCT)
+    ceiling = product_rate(settings.product_size, products)
     found: dict[str, Any] = {
         "image_shape": shape,
         "parameters": count_parameters(ours),
         "macs_per_image": macs,
-        "logit_differences": differences,
-        "ceiling": {"gflop_per_s": ceiling / 1e9} | summary(product),
+        "logit_differences": contestants.logit_differences,
+        "ceiling": {"gflop_per_s": ceiling / 1e9} | summary(products),
     }
     for phase, operations in zip(PHASES, (2, 6), strict=True):
         taken, work = times[phase], operations * macs * batch
@@ -295,9 +148,7 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
                 for contestant, seconds in taken.items()
             },
             "peer_over_vitrail": {
-                peer: median_ratio(seconds, taken["vitrail"])
-                for peer, seconds in taken.items()
-                if peer != "vitrail"
+                peer: median_ratio(seconds, taken[OURS]) for peer, seconds in taken.items() if peer != OURS
             },
         }
     return found | {"misses": misses(name, found)}
@@ -365,7 +216,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = fnmatch.filter(CASES, options.models)
     if not names:
         parser.error(f"no architecture matches {options.models!r}; expected one of {', '.join(CASES)}")
-    transformers.utils.logging.disable_progress_bar()
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = QUICK if options.quick else Settings()

@@ -5,7 +5,7 @@
 Four ways, in turns, on the same 8 images of 224 x 224: a plain forward pass; `attention_maps` (every layer,
 mean over the heads); transformers' ViT of the same size plain, and with `output_attentions=True` (which needs
 its eager attention, chosen when the model is built). Each way also runs once in a process of its own, for the
-highest memory that the operating system counted (ru_maxrss) less what it had before. `--quick` is a smoke
+highest memory that the operating system counted (VmHWM) less what it had before. `--quick` is a smoke
 test: ViT-Ti, one repetition.
 """
 
@@ -68,7 +68,7 @@ def main() -> None:
         return
     about = machine("transformers")
     quick = ["--quick"] if options.quick else []
-    memory = {way: printed_by(__file__, "--memory", way, *quick) for way in WAYS}
+    memory = {way: float(printed_by(__file__, "--memory", way, *quick)) for way in WAYS}
     acts = {way: prepare(way, size) for way in WAYS}
     seconds = in_turns(acts, repetitions=1 if options.quick else options.repetitions)
     result = {

@@ -4,7 +4,7 @@
 
 ViT-B/16 at 224 pixels, batch 8, 75 % hidden, the paper's decoder (8 blocks of width 512), normalised targets,
 AdamW; forward, backward and update, in turns. Peak memory is that of a process of its own for each
-(ru_maxrss after two steps, less what it had with model, optimiser and batch before the first). `--quick` is a
+(VmHWM after two steps, less what it had with model, optimiser and batch before the first). `--quick` is a
 smoke test: ViT-Ti, one repetition.
 """
 
@@ -73,7 +73,7 @@ def main() -> None:
         return
     about = machine("transformers")
     quick = ["--quick"] if options.quick else []
-    memory = {way: printed_by(__file__, "--memory", way, *quick) for way in WAYS}
+    memory = {way: float(printed_by(__file__, "--memory", way, *quick)) for way in WAYS}
     acts = {way: prepare(way, size) for way in WAYS}
     seconds = in_turns(acts, repetitions=1 if options.quick else options.repetitions)
     result = {

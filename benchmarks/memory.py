@@ -4,7 +4,7 @@
 
 A process of its own for each way takes two steps of ViT-S/16 with 32 images of 224 x 224 (the second one with
 AdamW's averages and all gradients in memory) and reports the highest memory that the operating system ever
-counted for it (ru_maxrss), less what it had with model, optimiser and batch before the first step. Time is
+counted for it, less what it had with model, optimiser and batch before the first step. Time is
 that of the second step; the processes run one after the other. `--quick` is a smoke test: ViT-Ti, 4 images.
 """
 
@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import time
 
 WAYS = {
@@ -29,6 +26,7 @@ def measure(model_name: str, images: int, micro_batch: int | None, recompute: bo
     """Two steps here -> MiB at the peak beyond the start, seconds of the second step, and its loss."""
     import torch
 
+    from vitrail.bench.memory import PeakMemory
     from vitrail.models import build_model
     from vitrail.tasks import build_task
 
@@ -39,7 +37,7 @@ def measure(model_name: str, images: int, micro_batch: int | None, recompute: bo
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True)
     size = micro_batch or images
     batch = {"images": torch.randn(images, 3, 224, 224), "targets": torch.arange(images)}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = PeakMemory(torch.device("cpu"))
     for step in range(2):
         began, total = time.perf_counter(), 0.0
         for first in range(0, images, size):
@@ -49,8 +47,7 @@ def measure(model_name: str, images: int, micro_batch: int | None, recompute: bo
             total += float(loss)
         optimizer.step()
         optimizer.zero_grad()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_mib": (peak - before) / 1024, "step_s": time.perf_counter() - began, "loss": total}
+    return {"peak_mib": peak.grown(), "step_s": time.perf_counter() - began, "loss": total}
 
 
 def main() -> None:
@@ -63,13 +60,11 @@ def main() -> None:
     if options.way:
         print(json.dumps(measure(*settings, *WAYS[options.way])))
         return
-    from measure import machine, write_result
+    from measure import machine, printed_by, write_result
 
     found = {}
     for way in WAYS:
-        command = [sys.executable, __file__, "--way", way, *(["--quick"] if options.quick else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[way] = json.loads(done.stdout)
+        found[way] = json.loads(printed_by(__file__, "--way", way, *(["--quick"] if options.quick else [])))
         share = found[way]["peak_mib"] / found["plain"]["peak_mib"]
         print(
             f"{way:32}{found[way]['peak_mib']:8.0f} MiB  {100 * share:4.0f} %  "

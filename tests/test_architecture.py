@@ -48,7 +48,19 @@ MAY_IMPORT = {
         "tasks",
         "training",
     },
-    "serving": {"models", "pretrained", "datasets", "explain"},
+    "serving": {"models", "pretrained", "datasets", "explain", "files"},
+    "shipping": {"models", "pretrained", "datasets", "evaluation", "components", "files"},
+    "bench": {
+        "models",
+        "pretrained",
+        "evaluation",
+        "explain.draw",
+        "training.manifest",
+        "shipping.export",
+        "files",
+        "torchvision_ops",
+    },
+    "adaptive": {"models", "components.tap", "datasets", "evaluation", "bench.timing", "explain.draw"},
 }
 FREE = {"cli", "quickstart", "__init__", "__main__"}
 

@@ -210,6 +210,38 @@ def test_predict_takes_folders_and_names_what_cannot_be_read(work_folder: Path, 
     assert run("predict runs/demo hollow") == (2, "", "vitrail: hollow: no image files in this folder\n")
 
 
+def test_predict_writes_a_table_and_goes_on_with_it(work_folder: Path, run: Run) -> None:
+    folder = work_folder / "table"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        (folder / name).write_bytes((work_folder / "docs" / "images" / "digit.png").read_bytes())
+    code, shown, said = run("predict runs/demo table --output x.csv --top 2 --batch_size 2")
+    assert (code, said) == (0, "")
+    assert re.fullmatch(r"3 images in [\d.]+ s, [\d.]+ images a second, 0 broken: x\.csv\n", shown)
+    content = (work_folder / "x.csv").read_text()
+    assert content.startswith("source,class_1,probability_1,class_2,probability_2,error,model\ntable/a.png,")
+    for name in ("d", "e", "f", "g"):
+        (folder / f"{name}.jpg").write_text("<html>")
+    code, shown, said = run("predict runs/demo table --output x.csv --top 2 --batch_size 3")
+    assert code == 2
+    assert re.fullmatch(r"4 images in .* a second, 3 were there before, 4 broken: x\.csv\n", shown)
+    kind = "expected an image, got a file of another kind"
+    assert said == (
+        f"vitrail: table/d.jpg: {kind}; table/e.jpg: {kind}; table/f.jpg: {kind}; and 1 more; x.csv has the "
+        "reason of each under error\n"
+    )
+    assert (work_folder / "x.csv").read_text().startswith(content)
+    for words, message in (
+        ("--output x.csv --top 3", "vitrail: x.csv does not begin with the columns of --top 3; give"),
+        ("--output y.jsonl --json", "vitrail: --json prints and --output writes: leave one out"),
+        ("--output y.txt", "vitrail: --output y.txt: expected a name that ends in .jsonl, .csv, .parquet"),
+    ):
+        code, shown, said = run(f"predict runs/demo table {words}")
+        assert (code, shown, said.count("\n")) == (2, "", 1)
+        assert said.startswith(message)
+    assert not (work_folder / "y.jsonl").exists()
+
+
 def test_resuming_a_finished_run_leaves_it_as_it_is(work_folder: Path, run: Run) -> None:
     folder = work_folder / "runs" / "demo"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 if TYPE_CHECKING:
     from vitrail.config import DataSection, RunConfig
     from vitrail.datasets import Images, Splits
     from vitrail.reporting.analysis import Subject
+    from vitrail.serving import Prediction, Predictor
 
 _LISTED_WEIGHTS = 24
 """So many sources of weights `vitrail models` lists below its table; of more it only says where they are."""
@@ -184,11 +185,33 @@ def _run(words: list[str]) -> None:
     probe.add_argument("--json", action="store_true", help="print the numbers as JSON")
     probe.set_defaults(act=_probe)
 
+    adaptive = verbs.add_parser(
+        "adaptive", help="measure token merging and early exit on a trained plain ViT: accuracy, cost, time"
+    )
+    adaptive.add_argument("model", metavar="MODEL", help="run or model folder, timm:NAME.TAG, owner/name")
+    adaptive.add_argument("dataset", metavar="DATASET", help="a name, a folder of images, or a hub id")
+    adaptive.add_argument("--root", type=Path, help="folder with data sets; else VITRAIL_DATA")
+    adaptive.add_argument("--batch-size", "--batch_size", type=int, default=500, help="images at a time")
+    adaptive.add_argument("--output", type=Path, metavar="FOLDER", help="write adaptive.json and .png there")
+    adaptive.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    adaptive.set_defaults(act=_adaptive)
+
     predict = verbs.add_parser("predict", help="classify image files")
     predict.add_argument("run", metavar="RUN", help="run folder or model folder")
-    predict.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
+    predict.add_argument(
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        help="image files, or folders, of which the images directly in them are taken",
+    )
     predict.add_argument("--top", type=int, default=3, help="how many classes to name (default 3)")
+    predict.add_argument("--batch-size", "--batch_size", type=int, default=8, help="images a core at a time")
     predict.add_argument("--json", action="store_true", help="print JSON, one object an image")
+    predict.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write a table (.jsonl, .csv or .parquet) instead; the same command again goes on with it",
+    )
     predict.set_defaults(act=_predict)
 
     explain = verbs.add_parser("explain", help="show what a model sees in images, as a page and pictures")
@@ -253,6 +276,61 @@ def _run(words: list[str]) -> None:
     models.add_argument("--json", action="store_true", help="print everything as JSON")
     models.set_defaults(act=_models)
 
+    optimized = verbs.add_parser("optimize", help="compile a model for this machine's CPU, and measure it")
+    optimized.add_argument("model", metavar="MODEL", help="run or model folder, timm:NAME.TAG, owner/name")
+    optimized.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bf16", "fp16", "int8"),
+        default="auto",
+        metavar="NAME",
+        help="auto (default: the fastest here), float32, bf16 or int8",
+    )
+    optimized.add_argument(
+        "--calibrate", metavar="DATASET", help="images to calibrate int8 with, and to compare answers on"
+    )
+    optimized.add_argument("--root", type=Path, help="folder with data sets; else VITRAIL_DATA")
+    optimized.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="images at a time to be fast for (default 8)"
+    )
+    optimized.add_argument(
+        "--agreement",
+        type=float,
+        metavar="SHARE",
+        help="of images that must keep their answer (default 0.99, int8 0.98)",
+    )
+    optimized.add_argument("--output", type=Path, default=Path("optimized"), help="default optimized/")
+    optimized.set_defaults(act=_optimize)
+
+    bench = verbs.add_parser("bench", help="measure speed and memory, beside other libraries and the machine")
+    bench.add_argument(
+        "model", metavar="MODEL", help="a name that `vitrail models` lists, a pattern, a run or model folder"
+    )
+    bench.add_argument("--batch", default="1,8", metavar="N,N", help="images at a time (default 1,8)")
+    bench.add_argument("--size", type=int, metavar="N", help="pixels of a side (default: the model's)")
+    bench.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
+    bench.add_argument("--device", help="cpu, cuda or mps (default: cuda where there is one)")
+    bench.add_argument("--train", action="store_true", help="training steps instead of inference")
+    bench.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: torch's)")
+    bench.add_argument(
+        "--against",
+        default="",
+        metavar="NAME,NAME",
+        help="the same weights in timm, transformers, torchvision, vit-pytorch, onnxruntime, openvino",
+    )
+    bench.add_argument(
+        "--scaling",
+        action="store_true",
+        help="how the cost grows with image side, batch, depth and width, and the time of a whole training",
+    )
+    bench.add_argument(
+        "--dataset-size", "--dataset_size", type=int, metavar="N", help="its images (default: ImageNet-1k's)"
+    )
+    bench.add_argument("--epochs", type=int, metavar="N", help="its epochs (default 300)")
+    bench.add_argument("--repetitions", type=int, default=10, metavar="N", help="default 10")
+    bench.add_argument("--output", type=Path, metavar="FOLDER", help="write JSON, CSV, PNG and SVG there")
+    bench.add_argument("--json", action="store_true", help="print everything as JSON")
+    bench.set_defaults(act=_bench)
+
     summary = verbs.add_parser(
         "summary", help="show a model as a tree, with shapes, parameters and cost", add_help=False
     )
@@ -275,6 +353,29 @@ def _run(words: list[str]) -> None:
             help="a number for each channel, for a file that does not tell",
         )
     convert.set_defaults(act=_convert)
+
+    export = verbs.add_parser("export", help="write a model as a file for other runtimes, and check it")
+    export.add_argument(
+        "model", metavar="MODEL", help="run or model folder, timm:NAME.TAG, a hub repository as owner/name"
+    )
+    forms = ("onnx", "torch-export", "openvino")
+    export.add_argument("--to", required=True, choices=forms, help="whose form")
+    export.add_argument("--output", type=Path, metavar="FILE", help="default: named after the model, here")
+    export.add_argument(
+        "--batch",
+        type=_number_or_dynamic,
+        default="dynamic",
+        metavar="N",
+        help="images at a time, or dynamic: any number (default dynamic)",
+    )
+    export.add_argument(
+        "--size",
+        type=_number_or_dynamic,
+        nargs="+",
+        metavar=("H", "W"),
+        help="pixels of the images, or dynamic: any size (default: the model's)",
+    )
+    export.set_defaults(act=_export)
 
     download = verbs.add_parser("download", help="fetch weights now, to use them without network later")
     download.add_argument("source", metavar="SOURCE", nargs="+", help=sources)
@@ -568,6 +669,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from vitrail.datasets.items import first_names
     from vitrail.evaluation.corruptions import Robustness, robustness
     from vitrail.pretrained import load_model
+    from vitrail.pretrained.compiled import load_compiled
     from vitrail.training import evaluate_and_write
 
     folder = Path(options.run)
@@ -589,9 +691,11 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"{len(test.classes)} of {name} ({first_names(test.classes)})"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compiled = load_compiled(folder) if device.type == "cpu" else None
+    model = stored.model if compiled is None else compiled
     metrics = evaluate_and_write(
         folder,
-        stored.model,
+        model,
         Preprocessing.from_dict(stored.preprocessing),
         test,
         batch_size=options.batch_size,
@@ -600,7 +704,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     damaged: Robustness | None = None
     if options.robustness:
         damaged = robustness(
-            stored.model,
+            model,
             test,
             Preprocessing.from_dict(stored.preprocessing),
             batch_size=options.batch_size,
@@ -661,9 +765,34 @@ def _probe(options: argparse.Namespace) -> None:
     print(f"linear classifier      {found.linear.text()}, C {found.strength:g}")
 
 
+def _adaptive(options: argparse.Namespace) -> None:
+    from vitrail.adaptive import adaptive_curve
+    from vitrail.config import DataSection
+    from vitrail.datasets import Preprocessing
+    from vitrail.pretrained.hub import from_pretrained
+
+    stored = from_pretrained(options.model)
+    curve = adaptive_curve(
+        stored.model,
+        Preprocessing.from_dict(stored.preprocessing),
+        _splits(DataSection(name=options.dataset, root=options.root), stored.preprocessing),
+        batch_size=options.batch_size,
+    )
+    print(json.dumps(curve.to_dict(), indent=2) if options.json else curve.text())
+    if options.output is not None:
+        from vitrail.adaptive.chart import curve_chart
+        from vitrail.explain.draw import png
+        from vitrail.files import write_whole
+
+        options.output.mkdir(parents=True, exist_ok=True)
+        write_whole(options.output / "adaptive.json", json.dumps(curve.to_dict(), indent=2) + "\n")
+        write_whole(options.output / "adaptive.png", png(curve_chart(curve)))
+        print(f"{options.output / 'adaptive.png'} and adaptive.json", file=sys.stderr)
+
+
 def _test_images(data: DataSection, preprocessing: Mapping[str, Any]) -> Images:
     """The test images of a data section, as a model with this preprocessing takes them."""
-    return _splits(data.model_copy(update={"val_fraction": 0.0}), preprocessing).test
+    return _splits(data.model_copy(update={"val_fraction": 0.0, "synthetic": 0.0}), preprocessing).test
 
 
 def _splits(data: DataSection, preprocessing: Mapping[str, Any]) -> Splits:
@@ -674,24 +803,45 @@ def _splits(data: DataSection, preprocessing: Mapping[str, Any]) -> Splits:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from vitrail.serving import Predictor
+    from vitrail.serving import Prediction, Predictor, find_files, predict_files
 
-    predictions, broken = Predictor.from_source(options.run).predict_files(options.images, top=options.top)
-    for found in predictions:
-        named = list(zip(found.classes, found.probabilities, strict=True))
-        if options.json:
-            print(
-                json.dumps(
-                    {
-                        "image": found.source,
-                        "predictions": [{"class": name, "confidence": share} for name, share in named],
-                    }
-                )
-            )
-        else:
-            print(f"{found.source}  " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in named))
+    files, broken = find_files(options.images)
+    predictor = Predictor.from_source(options.run)
+    if options.output is not None:
+        if broken:
+            raise ValueError("; ".join(map(str, broken)))
+        _predict_to(predictor, files, options)
+        return
+    for batch in predict_files(predictor, files, top=options.top, batch_size=options.batch_size):
+        for found in batch:
+            if isinstance(found, Prediction):
+                print(_prediction_line(found, as_json=options.json), flush=True)
+            else:
+                broken.append(found)
     if broken:
         raise ValueError("; ".join(map(str, broken)))
+
+
+def _predict_to(predictor: Predictor, files: Sequence[Path], options: argparse.Namespace) -> None:
+    from vitrail.serving import predict_to
+
+    if options.json:
+        raise ValueError("--json prints and --output writes: leave one out (--output FILE.jsonl writes JSON)")
+    try:
+        found = predict_to(predictor, files, options.output, top=options.top, batch_size=options.batch_size)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on") from None
+    print(found.text())
+    if found.broken:
+        raise ValueError(found.broken_text())
+
+
+def _prediction_line(found: Prediction, *, as_json: bool) -> str:
+    named = list(zip(found.classes, found.probabilities, strict=True))
+    if as_json:
+        predictions = [{"class": name, "confidence": share} for name, share in named]
+        return json.dumps({"image": found.source, "predictions": predictions})
+    return f"{found.source}  " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in named)
 
 
 def _explain(options: argparse.Namespace) -> None:
@@ -829,6 +979,30 @@ def _convert(options: argparse.Namespace) -> None:
         print(f"{options.to} is not installed: that it can load this was not checked")
 
 
+def _export(options: argparse.Namespace) -> None:
+    from vitrail.pretrained.hub import from_pretrained
+    from vitrail.shipping.export import SUFFIXES, write_export
+
+    size: tuple[int, int] | Literal["dynamic"] | None = None
+    if options.size == ["dynamic"]:
+        size = "dynamic"
+    elif options.size is not None:
+        if len(options.size) > 2 or "dynamic" in options.size:
+            got = " ".join(map(str, options.size))
+            raise ValueError(f"--size: expected one number, height and width, or dynamic, got {got}")
+        size = options.size[0], options.size[-1]
+    name = Path(options.model).resolve().name.replace(":", "-")
+    file = options.output or Path(name + SUFFIXES[options.to])
+    found = write_export(file, from_pretrained(options.model), options.to, batch=options.batch, size=size)
+    print(found.text())
+
+
+def _number_or_dynamic(text: str) -> int | str:
+    if text != "dynamic" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a number or dynamic, got {text!r}")
+    return text if text == "dynamic" else int(text)
+
+
 def _download(options: argparse.Namespace) -> None:
     from vitrail.pretrained import find_weights
 
@@ -889,6 +1063,70 @@ def _summary(words: list[str]) -> None:
         print(json.dumps(found.to_dict(options.depth), indent=2))
         return
     print(found.text(options.depth, _width()))
+
+
+def _optimize(options: argparse.Namespace) -> None:
+    from vitrail.config import DataSection
+    from vitrail.pretrained.hub import from_pretrained
+    from vitrail.shipping.optimize import optimize
+
+    data = None
+    if options.calibrate is not None:
+        wanted = DataSection(name=options.calibrate, root=options.root)
+        data = _splits(wanted, from_pretrained(options.model).preprocessing)
+    found = optimize(
+        options.model,
+        options.output,
+        precision=options.precision,
+        data=data,
+        batch=options.batch,
+        agreement=options.agreement,
+    )
+    print(found.text())
+
+
+def _bench(options: argparse.Namespace) -> None:
+    import torch
+
+    from vitrail.bench.bench import run_bench, write_bench
+    from vitrail.bench.measure import Settings
+    from vitrail.bench.scaling import run_scaling, write_scaling
+
+    batches = options.batch.split(",")
+    if not all(number.isdigit() for number in batches):
+        raise ValueError(f"--batch: expected whole numbers with commas between, got {options.batch!r}")
+    given = {"dataset_size": options.dataset_size, "epochs": options.epochs}
+    training = {name: number for name, number in given.items() if number is not None}
+    if training and not options.scaling:
+        raise ValueError("--dataset-size and --epochs are of the training that --scaling estimates: add it")
+    if options.scaling and options.against:
+        raise ValueError("--scaling measures our model alone: leave out --against")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads: expected a whole number from 1 on, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    settings = Settings(
+        batches=tuple(map(int, batches)),
+        img_size=options.size,
+        dtype=options.dtype,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        training=options.train,
+        repetitions=options.repetitions,
+        against=tuple(options.against.split(",")) if options.against else (),
+    )
+    say = (lambda _: None) if options.json else (lambda line: print(line, flush=True))
+    if options.scaling:
+        growth = run_scaling(options.model, settings, say, **training)
+        picture = write_scaling(options.output, growth) if options.output else None
+        shown = growth.to_dict()
+    else:
+        found = run_bench(options.model, settings, say)
+        picture = write_bench(options.output, found) if options.output else None
+        shown = found.to_dict()
+    if options.json:
+        print(json.dumps(shown, indent=2))
+    elif picture:
+        print(f"plot {picture}")
 
 
 def _width() -> int:

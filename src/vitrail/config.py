@@ -90,8 +90,8 @@ class DataSection(_Section):
     """Which images, and how they are split."""
 
     name: str = "digits"
-    """digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, a folder of images, or a hub id; of clips:
-    moving_mnist, or a folder of them."""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, a folder of images, or a hub id; drawn ones:
+    shapes, textures, fractals; of clips: moving_mnist, or a folder of them."""
     root: Path | None = None
     """Folder with data sets in the hubs' layouts; else VITRAIL_DATA, then the cache, then the hub."""
     val_fraction: FractionBelowOne = 0.1
@@ -100,6 +100,9 @@ class DataSection(_Section):
     """Seed of that split: independent of `train.seed`, so that runs with different seeds share it."""
     train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the remaining training images to use, stratified by class."""
+    synthetic: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """Synthetic images to add for each training image, 0.5: one for every two; made of the training images,
+    over textures and with fragments of others. Drawn by split_seed."""
     label_column: str | None = None
     """Column of the label, in tables and parquet files that do not tell or have several."""
     broken: Literal["refuse", "skip"] = "refuse"

@@ -45,6 +45,7 @@ from vitrail.explain.attention import Heads, attention_layers, attention_maps
 from vitrail.explain.draw import image_grid
 from vitrail.models import Encoder, vit
 from vitrail.pretrained import create_model, find_weights, save_model
+from vitrail.pretrained.compiled import load_compiled
 from vitrail.pretrained.hub import from_pretrained
 from vitrail.serving import Predictor
 from vitrail.tasks import Batch, Classify
@@ -430,7 +431,8 @@ class ViTClassifier:
             ValueError: Nothing there, or a damaged model; in one line.
         """
         stored = from_pretrained(name_or_path, revision=revision)
-        return cls(Predictor(stored.model, Preprocessing.from_dict(stored.preprocessing), stored.classes))
+        prepared, compiled = Preprocessing.from_dict(stored.preprocessing), load_compiled(name_or_path)
+        return cls(Predictor(stored.model, prepared, stored.classes, compiled))
 
     # To the type checker a str is a sequence of str too; the first signature comes first.
     @overload

@@ -120,3 +120,29 @@ def test_side_by_side(name, contestants, ratio, tmp_path):
     assert set(result["times"]) == set(result["peak_mib"]) == contestants
     assert all(len(own["raw_s"]) == 1 for own in result["times"].values())
     assert 0.1 < result[ratio] < 10
+
+
+@pytest.mark.skipif(not os.environ.get("VITRAIL_DATA"), reason="needs photographs: set VITRAIL_DATA")
+def test_predict_folder(tmp_path):
+    done, path = run(tmp_path, "predict_folder")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert result["settings"]["images"] == 16
+    assert set(result["ways"]) == {"vitrail", "timm_1", "timm_32", "import_torch"}
+    assert set(result["peer_over_vitrail"]) == {"timm_1", "timm_32"}
+    assert result["answers"]["same_first_class"] == 1.0
+    assert result["answers"]["largest_difference"] < 1e-4
+
+
+def test_optimized(tmp_path):
+    done, path = run(tmp_path, "optimized", "--batch", "2")
+    assert done.returncode == 0, done.stderr
+    (model,) = json.loads(path.read_text())["models"].values()
+    assert min(model["cosine"].values()) > 0.9999
+    (ways,) = model["batches"].values()
+    assert set(ways) == {"eager", "timm", "float32"}
+    assert ways["eager"]["eager_over_this"] == ways["timm"]["timm_over_this"] == 1
+    assert all(0 < own["share_of_ceiling"] < 2 for own in ways.values())
+    done, _ = run(tmp_path, "optimized", "--models", "resnet*")
+    assert done.returncode == 2
+    assert "no model matches 'resnet*'" in done.stderr

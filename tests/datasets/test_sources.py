@@ -27,6 +27,9 @@ def test_table_is_consistent() -> None:
             "cifar100_coarse",
             "imagenet",
             "moving_mnist",
+            "shapes",
+            "textures",
+            "fractals",
         ]
     )
     assert {len(SOURCES[name].classes) for name in ("digits", "mnist", "fashion_mnist", "cifar10")} == {10}
@@ -298,6 +301,6 @@ def test_folders_that_are_not_there(tmp_path, monkeypatch) -> None:
     assert one_line("photos.zip").startswith("photos.zip is a file: expected a folder of images")
     missing = one_line("missing")
     assert missing.startswith("no folder and no data set 'missing'; the known ones are cifar10, cifar100, ")
-    assert missing.endswith("fashion_mnist, imagenet, mnist, moving_mnist")
+    assert missing.endswith("fashion_mnist, fractals, imagenet, mnist, moving_mnist, shapes, textures")
     monkeypatch.setenv("VITRAIL_DATA", str(tmp_path / "photos"))
     assert one_line("holidays") == "no folder and no data set 'holidays'; did you mean holiday?"

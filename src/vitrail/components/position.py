@@ -37,7 +37,9 @@ def resample_table(table: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
     Returns:
         [1, rows * columns of `new_grid`, D]; the table itself when the grids are equal.
     """
-    if grid == new_grid:
+    # While a model is exported for images of any size, sizes are symbols, and asking whether they are equal
+    # would tie the file to one answer; resampling to the same grid changes nothing.
+    if all(isinstance(size, int) for size in new_grid) and grid == new_grid:
         return table
     maps = table.reshape(1, *grid, -1).permute(0, 3, 1, 2).float()  # [1, D, rows, columns]
     maps = F.interpolate(maps, size=new_grid, mode="bicubic", antialias=True, align_corners=False)

@@ -40,6 +40,8 @@ from vitrail.datasets.resident import (
 )
 from vitrail.datasets.scan import scan
 from vitrail.datasets.sources import SOURCES, Source, data_roots, find_source, locate
+from vitrail.datasets.synthetic import SYNTHETIC, synthetic_sets
+from vitrail.datasets.synthetic_compositions import with_compositions
 
 Storage = Literal["auto", "memory", "files"]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -59,6 +61,8 @@ class Splits:
     val: Images | None
     """The source's own, else held out of the training images; None where nothing was to be held out."""
     test: Images
+    synthetic: int = 0
+    """How many of the training images, the last ones, are compositions made of the others."""
     skipped: Skipped = ()
     """Sources of the images left out because they are broken, with the reasons."""
     ignored: Mapping[str, int] = field(default_factory=dict)
@@ -118,7 +122,7 @@ class Splits:
 
 def list_datasets() -> list[str]:
     """The names that `load_dataset` knows."""
-    return sorted([*SOURCES, "imagenet", MOVING_MNIST])
+    return sorted([*SOURCES, *SYNTHETIC, "imagenet", MOVING_MNIST])
 
 
 def load_section(
@@ -131,6 +135,7 @@ def load_section(
         val_fraction=data.val_fraction,
         split_seed=data.split_seed,
         train_fraction=data.train_fraction,
+        synthetic=data.synthetic,
         img_size=img_size,
         in_chans=in_chans,
         storage=data.storage,
@@ -149,6 +154,7 @@ def load_dataset(
     val_fraction: float = 0.1,
     split_seed: int = 0,
     train_fraction: float = 1.0,
+    synthetic: float = 0.0,
     img_size: int | tuple[int, int] | None = None,
     in_chans: int | None = None,
     storage: Storage = "auto",
@@ -169,6 +175,7 @@ def load_dataset(
     - a folder, also one in `root` or VITRAIL_DATA, in one of the layouts of `vitrail.datasets.folder`, or
       with parquet files in the hub's layout;
     - the hub id of any data set of parquet files: from the hub's local cache, or the hub;
+    - shapes, textures or fractals (`vitrail.datasets.synthetic`), drawn at `img_size`, else at 32 x 32;
     - moving_mnist (`vitrail.datasets.moving`), clips made of MNIST's digits; or, with `frames`, a folder of
       clips in one of the layouts of `vitrail.datasets.clips`.
 
@@ -182,6 +189,8 @@ def load_dataset(
         split_seed: Decides which images are held out and, with `train_fraction`, which are used.
         train_fraction: Share of the remaining training images to use, stratified by class, above 0 to 1. For
             one seed, the images of a smaller share are among those of a larger one.
+        synthetic: Compositions (`vitrail.datasets.synthetic_compositions`) to add for each training image
+            that is used, 0 to 10; of images in memory only.
         img_size: Height and width that every image is fitted to: the shorter side resized, the centre taken.
             When not given, all images must have one size, and keep it. The known small sets always do: the
             model's preprocessing enlarges them on the device.
@@ -199,7 +208,7 @@ def load_dataset(
         ValueError: The name is unknown, no place has the set, its files are damaged or do not fit together,
             or an option is out of range; in one line.
     """
-    shares = _Shares(val_fraction, split_seed, train_fraction)
+    shares = _Shares(val_fraction, split_seed, train_fraction, synthetic)
     geometry = _geometry(img_size, in_chans)
     for option, value, known in (
         ("storage", storage, ("auto", "memory", "files")),
@@ -214,6 +223,8 @@ def load_dataset(
         raise ValueError(
             "frame_stride and shuffle_frames are for clips: say how many frames with data.frames"
         )
+    if str(name) in SYNTHETIC:
+        return _held_out(synthetic_sets(str(name), geometry.img_size, in_chans), shares)
     source = find_source(str(name))
     if source is not None and source.hub_id is None:
         train, test = _digits(source, in_chans or 1)
@@ -250,6 +261,8 @@ def find_items(
     """
     if str(name) == MOVING_MNIST:
         raise ValueError(f"{MOVING_MNIST} is made of mnist when it is loaded: no files to look at")
+    if str(name) in SYNTHETIC:
+        raise ValueError(f"{name} is drawn when it is loaded: no files to look at")
     source = find_source(str(name))
     if source is not None and source.hub_id is None:
         pictures = {
@@ -311,12 +324,15 @@ class _Shares:
     val_fraction: float
     split_seed: int
     train_fraction: float
+    synthetic: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.val_fraction < 1.0:
             raise ValueError(f"val_fraction: expected 0 to below 1, got {self.val_fraction}")
         if not 0.0 < self.train_fraction <= 1.0:
             raise ValueError(f"train_fraction: expected above 0 to 1, got {self.train_fraction}")
+        if not 0.0 <= self.synthetic <= 10.0:
+            raise ValueError(f"synthetic: expected 0 to 10 compositions for each image, got {self.synthetic}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,7 +438,7 @@ def _clips(
             split: moving_digits(own, frames) for split, own in mnist.items() if isinstance(own, ImageSet)
         }
         sets["test"] = replace(sets["test"], mean=sets["train"].mean, std=sets["train"].std)
-    elif find_source(name) is not None or name == "imagenet":
+    elif find_source(name) is not None or name in {"imagenet", *SYNTHETIC}:
         raise ValueError(f"{name} has images, not clips; {MOVING_MNIST} has clips, or a folder of them")
     else:
         roots = data_roots(root)
@@ -495,7 +511,7 @@ def _with_test(parts: dict[str, Items]) -> dict[str, Items]:
 
 
 def _held_out(sets: Mapping[str, Images], shares: _Shares) -> Splits:
-    """The splits, with validation images held out, and a share of the training images used."""
+    """The splits: validation images held out, a share of the training images used, compositions added."""
     train, val = sets["train"], sets.get("val")
     if val is None and shares.val_fraction > 0.0:
         rest, held_out = stratified_split(train.labels, shares.val_fraction, shares.split_seed)
@@ -504,7 +520,10 @@ def _held_out(sets: Mapping[str, Images], shares: _Shares) -> Splits:
     if shares.train_fraction < 1.0:
         used, _ = stratified_split(train.labels, 1.0 - shares.train_fraction, shares.split_seed)
         train = train.subset(used)
-    return Splits(train=train, val=val, test=sets["test"])
+    real = len(train)
+    if shares.synthetic > 0.0:
+        train = with_compositions(train, shares.synthetic, shares.split_seed)
+    return Splits(train=train, val=val, test=sets["test"], synthetic=len(train) - real)
 
 
 def _sets(found: _Found, storage: Storage, broken: Broken) -> tuple[dict[str, Images], Skipped]:

@@ -77,7 +77,7 @@ def mix_heads(x: Tensor, mixer: nn.Linear, scale: float = 1.0) -> Tensor:
 
     One product [H, H] times [H, L * S] an image: several times as fast as `mixer` on transposed heads.
     """
-    weight = mixer.weight.expand(len(x), -1, -1)
+    weight = mixer.weight.expand(x.shape[0], -1, -1)
     mixed = torch.baddbmm(mixer.bias[None, :, None], weight, x.flatten(2), alpha=scale)  # [B, H, L * S]
     return mixed.unflatten(2, x.shape[2:])
 
@@ -271,7 +271,7 @@ class CaiT(Encoder):
             tokens = self.run_block(block, tokens)
             for asked in wanted.get(number, ()):
                 seen[asked] = features(tokens[:, :0], tokens)
-        token = self.cls_token.repeat(len(tokens), 1, 1).to(tokens.dtype)
+        token = self.cls_token.repeat(tokens.shape[0], 1, 1).to(tokens.dtype)
         for number, block in enumerate(self.blocks_token_only, start=self.config.depth):
             token = self.run_block(block, token, tokens)
             for asked in wanted.get(number, ()):

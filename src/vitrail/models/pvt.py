@@ -311,7 +311,7 @@ class PVT(Encoder):
             return self.pos_drop(tokens + resample_table(table, native, grid))
         tokens = torch.cat(
             [
-                (self.cls_token + table[:, :1]).expand(len(tokens), -1, -1).to(tokens.dtype),
+                (self.cls_token + table[:, :1]).expand(tokens.shape[0], -1, -1).to(tokens.dtype),
                 tokens + resample_table(table[:, 1:], native, grid),
             ],
             dim=1,

@@ -203,7 +203,7 @@ class VideoViT(Encoder):
             first: Tensor = self.cls_token
             if isinstance(self.pos_embed, nn.Parameter):
                 first = first + self.pos_embed[:, :1]
-            tokens = torch.cat([first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+            tokens = torch.cat([first.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         return self.embed(self.pos_drop(tokens))
 
     def forward_features(

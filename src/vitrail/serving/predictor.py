@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Self
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from vitrail.datasets import BrokenImageError, Preprocessing
-from vitrail.datasets.folder import image_files
+from vitrail.datasets import Preprocessing
 from vitrail.models import Encoder
+from vitrail.pretrained.compiled import CompiledModel, load_compiled
 from vitrail.pretrained.hub import from_pretrained
 
 
@@ -30,9 +33,19 @@ class Prediction:
 class Predictor:
     """Predicts with a model folder, or with the one of a run folder."""
 
-    def __init__(self, model: Encoder, preprocessing: Preprocessing, classes: tuple[str, ...]) -> None:
-        """A model with its preprocessing; classes without names are called by their numbers."""
+    def __init__(
+        self,
+        model: Encoder,
+        preprocessing: Preprocessing,
+        classes: tuple[str, ...],
+        compiled: CompiledModel | None = None,
+    ) -> None:
+        """A model with its preprocessing; classes without names are called by their numbers.
+
+        Where it was also compiled, that is what predicts; the model is there to be looked into.
+        """
         self.model = model.eval()
+        self.compiled = compiled
         self.preprocessing = preprocessing
         self.classes = classes or tuple(map(str, range(model.config.num_classes)))
 
@@ -41,10 +54,22 @@ class Predictor:
         """Load a run or model folder, `timm:NAME.TAG`, `torchvision:NAME`, or a hub repository.
 
         Raises:
-            ValueError: No model there, or a damaged one.
+            ValueError: No model there, a damaged one, or one that was compiled for another machine.
         """
-        stored = from_pretrained(source)
-        return cls(stored.model, Preprocessing.from_dict(stored.preprocessing), stored.classes)
+        stored, compiled = from_pretrained(source), load_compiled(source)
+        return cls(stored.model, Preprocessing.from_dict(stored.preprocessing), stored.classes, compiled)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that tell models apart: of weights, config, preprocessing and classes."""
+        described = [repr(self.model.config), self.preprocessing.to_dict(), self.classes]
+        if self.compiled is not None:
+            described.append(self.compiled.seal)  # another precision, slightly other probabilities
+        digest = hashlib.sha256(json.dumps(described).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:12]
 
     def class_number(self, name: str) -> int:
         """The number of a class, from its name or the number itself.
@@ -60,7 +85,6 @@ class Predictor:
         hint = f"; the nearest are {', '.join(near)}" if near else ""
         raise ValueError(f"no class {name!r} among the {len(self.classes)} of the model{hint}")
 
-    @torch.inference_mode()
     def predict(self, images: Sequence[str | Path | Image.Image], top: int = 5) -> list[Prediction]:
         """Predict some images, 64 at a time.
 
@@ -75,49 +99,29 @@ class Predictor:
         for start in range(0, len(images), 64):
             some = images[start : start + 64]
             names = ["image" if isinstance(image, Image.Image) else str(image) for image in some]
-            results += self._classified(names, [self.preprocessing.open_image(image) for image in some], top)
+            opened = torch.stack([self.preprocessing.open_image(image) for image in some])
+            results += self.classified(names, opened, top)
         return results
 
     @torch.inference_mode()
-    def predict_files(
-        self, paths: Sequence[str | Path], top: int = 5
-    ) -> tuple[list[Prediction], list[BrokenImageError]]:
-        """Predict image files and the images of folders, as far as they can be read.
+    def classified(self, names: Sequence[str], images: Tensor, top: int) -> list[Prediction]:
+        """Predict prepared images.
 
         Args:
-            paths: Files, and folders, of which the images directly in them are taken, by extension, sorted.
+            names: What to call each.
+            images: float32 [B, C, H, W], normalised.
             top: How many classes to name.
 
-        Returns:
-            The predictions, and what is wrong with each file or folder that cannot be read.
+        Raises:
+            ValueError: The model has no head.
         """
-        files: list[Path] = []
-        found: list[Prediction] = []
-        broken: list[BrokenImageError] = []
-        for path in map(Path, paths):
-            inside = image_files(path)
-            files += inside
-            if not inside:
-                broken.append(BrokenImageError(str(path), "no image files in this folder"))
-        for start in range(0, len(files), 64):
-            opened: list[tuple[str, torch.Tensor]] = []
-            for path in files[start : start + 64]:
-                try:
-                    opened.append((str(path), self.preprocessing.open_image(path)))
-                except BrokenImageError as error:
-                    broken.append(error)
-            if opened:
-                names, images = zip(*opened, strict=True)
-                found += self._classified(names, images, top)
-        return found, broken
-
-    def _classified(self, names: Sequence[str], images: Sequence[torch.Tensor], top: int) -> list[Prediction]:
         if not self.model.has_head:
             raise ValueError(
                 "the model has no head, so it predicts nothing; train one on labelled images with "
                 "`vitrail train --model.pretrained MODEL`"
             )
-        best = self.model(torch.stack(list(images))).softmax(dim=1).topk(min(top, len(self.classes)), dim=1)
+        run = self.model if self.compiled is None else self.compiled
+        best = run(images).softmax(dim=1).topk(min(top, len(self.classes)), dim=1)
         return [
             Prediction(
                 source=name,

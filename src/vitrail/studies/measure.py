@@ -128,7 +128,11 @@ def _reach(model: Encoder, images: Images, preprocessing: Preprocessing, device:
 def _splits(run: FinishedRun, measure: Measure, preprocessing: Preprocessing) -> Splits:
     """The images that a measure takes, as the run's model takes them."""
     data = run.config.data
-    wanted = {"name": measure.dataset or data.name, "train_fraction": measure.train_fraction}
+    wanted = {
+        "name": measure.dataset or data.name,
+        "train_fraction": measure.train_fraction,
+        "synthetic": 0.0,
+    }
     return load_section(
         data.model_copy(update=wanted), img_size=preprocessing.img_size, in_chans=preprocessing.in_chans
     )

@@ -51,6 +51,13 @@ def manifest(
     if run.config.task.name != "classify" and world() == 1:
         operations = count_training_operations(run.task, _some_images(run))
     parts = (("train", run.splits.train), ("val", run.splits.val), ("test", run.splits.test))
+    data: dict[str, dict[str, Any]] = {
+        name: {"images": len(part), "fingerprint": part.fingerprint}
+        for name, part in parts
+        if part is not None
+    }
+    if synthetic := run.splits.synthetic:
+        data["train"] |= {"real": len(run.splits.train) - synthetic, "synthetic": synthetic}
     return {
         "command": command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -65,11 +72,7 @@ def manifest(
         "cpu_seconds": round(cpu_seconds, 1),
         "resumed_at_step": resumed_at or None,
         **measured,
-        "data": {
-            name: {"images": len(part), "fingerprint": part.fingerprint}
-            for name, part in parts
-            if part is not None
-        },
+        "data": data,
         "processes": world(),
         "hardware": hardware(run.accelerator.device),
         "versions": versions(),

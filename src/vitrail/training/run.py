@@ -366,7 +366,7 @@ def _reconstructed_examples(run: Run, most: int = 8) -> bytes:
 
 def evaluate_and_write(
     folder: Path,
-    model: Encoder,
+    model: nn.Module,
     preprocessing: Preprocessing,
     images: Images,
     *,

@@ -1,0 +1,130 @@
+"""Many image files through a model on all cores: each takes a batch, decodes it and runs the model on it.
+
+A thread a core, with a single thread inside PyTorch, instead of workers that decode for a model that runs on
+all cores: nobody waits for anybody, decoding and computing balance by themselves, and there are never more
+threads than cores. Pillow's decoders and PyTorch's operators leave the interpreter to the others meanwhile;
+processes would have to import torch first, which takes longer than decoding hundreds of pictures. Batches are
+small, so that what passes between the layers stays in the core's cache.
+
+The pixels are those of `Preprocessing.open_image`, exactly, but for JPEGs of more than three times the wanted
+size: these are decoded at 1/2, 1/4 or 1/8 (libjpeg's scaled inverse transform), as `datasets.decode` says.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL.JpegImagePlugin import JpegImageFile
+from torch import Tensor
+
+from vitrail.datasets import BrokenImageError, Preprocessing
+from vitrail.datasets.folder import image_files
+from vitrail.datasets.transforms import open_header, upright_size
+from vitrail.serving.predictor import Prediction, Predictor
+
+# As in `datasets.decode`, which says why.
+_MARGIN = 1.5
+
+
+def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[BrokenImageError]]:
+    """The image files that are meant.
+
+    Args:
+        paths: Files, and folders, of which the images directly in them are taken (not those of folders in
+            them), by extension, sorted.
+
+    Returns:
+        The files in the order given, and an error for each folder without images.
+    """
+    files: list[Path] = []
+    empty: list[BrokenImageError] = []
+    for path in map(Path, paths):
+        inside = image_files(path)
+        files += inside
+        if not inside:
+            empty.append(BrokenImageError(str(path), "no image files in this folder"))
+    return files, empty
+
+
+def predict_files(
+    predictor: Predictor, files: Sequence[Path], *, top: int = 5, batch_size: int = 8
+) -> Iterator[list[Prediction | BrokenImageError]]:
+    """Predict files, as many batches at a time as PyTorch has threads (`torch.get_num_threads`).
+
+    A batch is always made of the same files, whatever the number of threads, so that equal files give equal
+    bits. Until the iteration ends PyTorch has a single thread, also for others in this process.
+
+    Args:
+        predictor: The model.
+        files: Image files.
+        top: How many classes to name.
+        batch_size: Files a batch.
+
+    Yields:
+        Batch by batch, in the order of the files, the prediction of each, or what is wrong with it.
+
+    Raises:
+        ValueError: A number below 1, or a model that does not classify pictures.
+    """
+    check_numbers(top, batch_size)
+    return _in_threads(predictor, files, top, batch_size)
+
+
+def check_numbers(top: int, batch_size: int) -> None:
+    """Refuse numbers of classes and of files a batch that are below 1."""
+    for name, number in (("top", top), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+
+
+def _in_threads(
+    predictor: Predictor, files: Sequence[Path], top: int, batch_size: int
+) -> Iterator[list[Prediction | BrokenImageError]]:
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    batches = (files[start : start + batch_size] for start in range(0, len(files), batch_size))
+    work = (pool.submit(_predict_batch, predictor, batch, top) for batch in batches)
+    try:
+        # A few ahead of the one waited for: enough for all threads, few enough to stop soon.
+        waiting = deque(itertools.islice(work, 2 * threads))
+        while waiting:
+            found = waiting.popleft().result()
+            waiting.extend(itertools.islice(work, 1))
+            yield found
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _predict_batch(
+    predictor: Predictor, files: Sequence[Path], top: int
+) -> list[Prediction | BrokenImageError]:
+    names = [str(path) for path in files]
+    opened = [_open_reduced(name, predictor.preprocessing) for name in names]
+    whole = [(name, own) for name, own in zip(names, opened, strict=True) if isinstance(own, Tensor)]
+    predictions: Iterator[Prediction] = iter(())
+    if whole:
+        sources, images = zip(*whole, strict=True)
+        predictions = iter(predictor.classified(sources, torch.stack(images), top))
+    return [next(predictions) if isinstance(own, Tensor) else own for own in opened]
+
+
+def _open_reduced(name: str, preprocessing: Preprocessing) -> Tensor | BrokenImageError:
+    """`Preprocessing.open_image`, of a large JPEG at a reduced scale: float32 [C, H, W], or what is wrong."""
+    try:
+        picture = open_header(name, name)
+        if isinstance(picture, JpegImageFile):
+            goal = (side / preprocessing.crop_ratio for side in preprocessing.img_size)
+            room = min(have / want for have, want in zip(upright_size(picture), goal, strict=True)) / _MARGIN
+            scale = max(s for s in (1, 2, 4, 8) if s <= max(room, 1))
+            if scale > 1:
+                picture.draft(None, (picture.width // scale, picture.height // scale))
+        return preprocessing.open_image(picture)
+    except BrokenImageError as error:
+        # A picture in memory has no name there.
+        return BrokenImageError(name, error.reason)
