@@ -45,6 +45,10 @@ NEEDED: dict[Form, tuple[str, ...]] = {
 TOLERANCE = 1e-4
 """Largest difference of logits between a file and its model."""
 INPUT = "images"
+_ONE_SIZE = (
+    "{} cannot take images of every size in one file, because its computation depends on the size: leave the "
+    "size out, or write a file for each size (--size H W)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,8 @@ def write_export(
         try:
             _write(beside, form, program, description)
         except Exception as error:  # those of three libraries have no common kind
+            if size == "dynamic":
+                raise ValueError(_ONE_SIZE.format(stored.name)) from error
             raise ValueError(f"{stored.name} cannot be written as {form} ({_reason(error)})") from error
         shapes = _shapes_to_check(stored.model, batch, exported_size, native)
         difference = _largest_difference(stored.model, _reader(form, beside), shapes)
@@ -167,10 +173,7 @@ def _traced(stored: ModelFolder, batch: int | str, size: tuple[int, ...] | str) 
             raise ValueError(f"{stored.name} cannot be exported ({_reason(error)})") from error
         fixed = list(dynamic)
     if fixed:
-        raise ValueError(
-            f"{stored.name} cannot take images of every size in one file, because its computation depends on "
-            "the size: leave the size out, or write a file for each size (--size H W)"
-        )
+        raise ValueError(_ONE_SIZE.format(stored.name))
     return program
 
 
