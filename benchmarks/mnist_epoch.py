@@ -11,10 +11,10 @@ Two ways to get the same augmented batches, each of them feeding the same traini
 Measured, in seconds: `epoch`, the loop fed by that way; `data`, iterating the same batches without a model;
 and `model`, the loop fed with one ready batch over and over, which no way of loading can beat.
 
-A step of so small a model hardly gains from a second thread, so both are measured a second time as two
+A step of so small a model gains little from a second thread, so both are measured a second time as two
 processes of one thread each (`torchrun --nproc_per_node 2`, which trains on halves of each batch; the
 DataLoader then has one worker in each process, two in all). Three ratios are stated: both in one process,
-both in two, and Vitrail in two against the DataLoader in one, which is what the choice of processes adds.
+both in two, and Vitrail in two against the DataLoader in one.
 
 Fairness: both run in equal processes, on the same threads, in turn, with the order reversed from one
 repetition to the next, and each epoch starts from the same weights. The loop is the package's own

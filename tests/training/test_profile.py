@@ -102,7 +102,7 @@ def _profile(**changes: Any) -> TrainingProfile:
     operator = Operator(name="mm", calls=10, milliseconds=1.0, share=100.0)
     defaults: dict[str, Any] = {
         "device": "cpu", "precision": "fp32", "batch_size": 32, "milliseconds": 20.0,
-        "operators": (operator,), "operator_us": 100.0, "threads": 1, "busy": None,
+        "operators": (operator,), "operator_us": 100.0, "busy": None,
     }  # fmt: skip
     return TrainingProfile(**(defaults | changes | {"shares": shares}))
 
@@ -116,7 +116,6 @@ def _profile(**changes: Any) -> TrainingProfile:
         ({"shares": {"logging": 6.0}}, "logging 6 %", "--train.log_every"),
         ({"shares": {"optimiser": 20.0, "average": 11.0}}, "31 %", "larger --train.batch_size"),
         ({"operator_us": 8.0}, "8 microseconds", "--train.compile true"),
-        ({"threads": 4}, "4 threads", "torchrun --nproc_per_node 4"),
         ({"device": "cuda:0", "precision": "bf16", "busy": 30.0}, "computes 30 %", "--train.compile true"),
         (
             {"device": "cuda:0", "precision": "fp32", "busy": 90.0},

@@ -105,14 +105,14 @@ def write_export(
         program = _traced(stored, batch, exported_size)
         description = _described(stored, form, program, exported_size)
         beside = Path(folder) / file.name
+        shapes = _shapes_to_check(stored.model, batch, exported_size, native)
         try:
             _write(beside, form, program, description)
+            difference = _largest_difference(stored.model, _reader(form, beside), shapes)
         except Exception as error:  # those of three libraries have no common kind
             if size == "dynamic":
                 raise ValueError(_ONE_SIZE.format(stored.name)) from error
             raise ValueError(f"{stored.name} cannot be written as {form} ({_reason(error)})") from error
-        shapes = _shapes_to_check(stored.model, batch, exported_size, native)
-        difference = _largest_difference(stored.model, _reader(form, beside), shapes)
         if not difference < TOLERANCE:
             raise ValueError(
                 f"{file} was not written: as {form} the results of {stored.name} differ by {difference:.2g} "

@@ -55,8 +55,6 @@ _BUSY = 50.0
 """A GPU that computes for less than this share of a step waits for the host."""
 _SHORT_US = 20.0
 """An operator's own time on a CPU below which a good part of it is the call."""
-_SHARED_US = 200.0
-"""The same below which threads gain little: two of them 1.1 times on the two-block model of MNIST."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +86,6 @@ class TrainingProfile:
     """The longest ones."""
     operator_us: float
     """Mean of all operators' own time, microseconds a call."""
-    threads: int
-    """Of this process on the CPU."""
     busy: float | None
     """Per cent of a step in which the GPU computes; None without one."""
 
@@ -122,10 +118,6 @@ class TrainingProfile:
         if self.busy is None and self.operator_us < _SHORT_US:
             line = "much of that is calling it; take a larger --train.batch_size or --train.compile true"
             found.append((50.0, f"an operator takes {self.operator_us:.0f} microseconds on average: {line}"))
-        if self.busy is None and self.threads > 1 and self.operator_us < _SHARED_US:
-            line = f"start a process a core, `torchrun --nproc_per_node {self.threads} -m vitrail train ...`"
-            badly = f"operators of {self.operator_us:.0f} microseconds share {self.threads} threads badly"
-            found.append((45.0, f"{badly}: {line}"))
         if self.device.startswith("cuda") and self.precision == "fp32":
             found.append((60.0, "float32 on a GPU: take --train.precision bf16"))
         computing = self.shares["forward"] + self.shares["backward"]
@@ -203,7 +195,6 @@ def profile_training(config: RunConfig, steps: int = 20) -> TrainingProfile:
         shares={part: 100_000 * seconds / milliseconds for part, seconds in parts.items()},
         operators=tuple(operators[:_MOST_OPERATORS]),
         operator_us=1000 * sum(own.milliseconds for own in operators) / sum(own.calls for own in operators),
-        threads=torch.get_num_threads(),
         busy=min(100.0, 100 * _busy_ms(profiler) / milliseconds) if on_gpu else None,
     )
 
