@@ -68,7 +68,7 @@ def compiled(model: Encoder, precision: str, images: Tensor, folder: Path) -> tu
         "int8": lambda: quantise(model, images.split(8)),
     }[precision]()
     package = folder / f"{precision}.pt2"
-    compile_ahead(form, images[:8], package)
+    compile_ahead(form, images.shape[1:], package)
     run = torch._inductor.aoti_load_package(str(package))
     return CompiledModel(run, images.shape[1:]), time.perf_counter() - began
 
