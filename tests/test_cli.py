@@ -294,7 +294,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 
 def _readme_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line.removeprefix("vitrail ") for line in lines if line.startswith("vitrail ")]
 
 
@@ -308,6 +308,8 @@ def test_readme_commands_run(command: str, run: Run) -> None:
         command += " --dry-run"
     if command.startswith("sweep"):
         command += f" {TINY}"
+    if command.startswith("bench"):
+        command += " --repetitions 1"
     code, _, said = run(command)
     if "put " in said and "parquet" in said:
         pytest.skip("the data set of this command is not at hand")
