@@ -37,7 +37,7 @@ def curve_chart(curve: Curve) -> Figure:
                     text, (cost(point), accuracy), textcoords="offset points", xytext=(4, -8), size=6
                 )
     panels[0].set_ylabel("test accuracy, %")
-    panels[0].legend()
+    panels[-1].legend(loc="lower right")  # where accuracy falls with the cost, nothing lies there
     return figure
 
 

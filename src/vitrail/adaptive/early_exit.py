@@ -26,6 +26,7 @@ from vitrail.datasets import Images, Preprocessing
 from vitrail.evaluation.inference import predict_logits
 from vitrail.models import Encoder
 from vitrail.models.encoder import Features
+from vitrail.models.vit import ViT
 
 _MOST_IMAGES = 10_000
 _STRENGTH, _ITERATIONS = 0.1, 200  # scikit-learn's C, and steps of its solver
@@ -87,15 +88,13 @@ class EarlyExit(nn.Module):
         return logits, left_after
 
 
-def pooled_after(model: Encoder, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+def pooled_after(vit: ViT, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """What the model's head would receive if the blocks ended here: [B, L, D] -> [B, D]."""
-    vit = plain_vit(model)
     pooled: Tensor = vit.fc_norm(vit.pool(_features(vit, tokens, grid)))
     return pooled
 
 
-def _features(model: Encoder, tokens: Tensor, grid: tuple[int, int]) -> Features:
-    vit = plain_vit(model)
+def _features(vit: ViT, tokens: Tensor, grid: tuple[int, int]) -> Features:
     tokens, num_prefix = vit.norm(tokens), vit.config.num_prefix
     return Features(patches=tokens[:, num_prefix:], prefix=tokens[:, :num_prefix], grid=grid)
 
@@ -103,9 +102,9 @@ def _features(model: Encoder, tokens: Tensor, grid: tuple[int, int]) -> Features
 class _EveryDepth(nn.Module):
     """Pooled features after all blocks but the last, side by side: images -> [B, (depth - 1) D]."""
 
-    def __init__(self, model: Encoder) -> None:
+    def __init__(self, model: ViT) -> None:
         super().__init__()
-        self.model = plain_vit(model)
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         tokens, grid = self.model.patch(images)

@@ -89,16 +89,17 @@ class MergedViT(nn.Module):
         tokens, grid = model.patch(images)
         tokens = model.place(tokens, grid)
         sizes = tokens.new_ones(*tokens.shape[:2], 1)
-        for block in model.blocks:
-            assert isinstance(block, Block)
-            alone = sizes.shape[1] == model.config.num_prefix + grid[0] * grid[1]
-            counted = None if alone else sizes.log().transpose(1, 2)[:, None]  # [B, 1, 1, L]
-            with record(block, "attn.key") as seen:
-                attended = block.attn(block.norm1(tokens), bias=counted)
-            tokens = tokens + block.ls1(attended)
-            keys = seen["attn.key"].mean(dim=1)  # over the heads: [B, H, L, d] -> [B, L, d]
-            tokens, sizes = merge_similar(tokens, sizes, keys, self.merged, model.config.num_prefix)
-            tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+        with record(model, "blocks.*.attn.key") as seen:
+            for number, block in enumerate(model.blocks):
+                assert isinstance(block, Block)
+                alone = sizes.shape[1] == model.config.num_prefix + grid[0] * grid[1]
+                counted = None if alone else sizes.log().transpose(1, 2)[:, None]  # [B, 1, 1, L]
+                tokens = tokens + block.ls1(block.attn(block.norm1(tokens), bias=counted))
+                keys = seen[f"blocks.{number}.attn.key"].mean(
+                    dim=1
+                )  # over the heads: [B, H, L, d] -> [B, L, d]
+                tokens, sizes = merge_similar(tokens, sizes, keys, self.merged, model.config.num_prefix)
+                tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
         return self._answer(model.norm(tokens), sizes, grid)
 
     def _answer(self, tokens: Tensor, sizes: Tensor, grid: tuple[int, int]) -> Tensor:
