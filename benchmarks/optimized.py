@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from measure import in_turns, machine, median_ratio, summary, write_result
 from vitrail.evaluation.cost import count_macs
 from vitrail.models import Encoder, build_model
-from vitrail.pretrained.compiled import CompiledModel
+from vitrail.pretrained.compiled import CompiledModel, load_package
 from vitrail.pretrained.formats import to_theirs
 from vitrail.shipping.ahead import compile_ahead
 from vitrail.shipping.int8 import quantise
@@ -69,7 +69,7 @@ def compiled(model: Encoder, precision: str, images: Tensor, folder: Path) -> tu
     }[precision]()
     package = folder / f"{precision}.pt2"
     compile_ahead(form, images.shape[1:], package)
-    run = torch._inductor.aoti_load_package(str(package))
+    run = load_package(package)
     return CompiledModel(run, images.shape[1:]), time.perf_counter() - began
 
 

@@ -102,8 +102,22 @@ def load_compiled(source: str | Path) -> CompiledModel | None:
         raise ValueError(f"{folder} was compiled for a CPU that has {', '.join(missing)}; {again}")
     if not _is_sealed(folder, record, seal):
         raise ValueError(f"{folder}: its compiled model was made by somebody else or changed since; {again}")
-    run = torch._inductor.aoti_load_package(str(folder / PACKAGE))
-    return CompiledModel(run, image_shape, seal=seal)
+    return CompiledModel(load_package(folder / PACKAGE), image_shape, seal=seal)
+
+
+def load_package(package: Path) -> Callable[[Tensor], Tensor]:
+    """The function of a .pt2 file: images [B, C, H, W] -> logits [B, K].
+
+    By torch's loader itself: `torch._inductor.aoti_load_package` calls the same after importing the compiler,
+    which takes seconds.
+    """
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+
+    def run(images: Tensor) -> Tensor:
+        logits: Tensor = loader.run([images])[0]
+        return logits
+
+    return run
 
 
 def cpu_features() -> list[str]:

@@ -28,7 +28,14 @@ from torch.nn import functional as F
 from vitrail.datasets import Images, Preprocessing, Splits
 from vitrail.files import write_whole
 from vitrail.pretrained import ModelFolder, save_model
-from vitrail.pretrained.compiled import PACKAGE, RECORD, CompiledModel, cpu_features, write_record
+from vitrail.pretrained.compiled import (
+    PACKAGE,
+    RECORD,
+    CompiledModel,
+    cpu_features,
+    load_package,
+    write_record,
+)
 from vitrail.pretrained.hub import from_pretrained
 from vitrail.shipping.ahead import check_compiler, compile_ahead
 from vitrail.shipping.int8 import quantise, why_no_int8
@@ -290,8 +297,7 @@ def _measured(
 ) -> tuple[tuple[Candidate, ...], float]:
     """Answers on all images and times of a batch; also the median seconds of eager float32."""
     ways: dict[str, Callable[[Tensor], Tensor]] = {
-        name: CompiledModel(torch._inductor.aoti_load_package(str(package)), images.shape[1:])
-        for name, package in packages.items()
+        name: CompiledModel(load_package(package), images.shape[1:]) for name, package in packages.items()
     }
     seconds = _in_turns({"eager": model, **ways}, images[torch.arange(batch) % len(images)])
     expected = _logits(model, images)
