@@ -772,6 +772,8 @@ def _adaptive(options: argparse.Namespace) -> None:
     from vitrail.pretrained.hub import from_pretrained
 
     stored = from_pretrained(options.model)
+    if options.output is not None:  # what cannot be written is to be known before minutes of measuring
+        options.output.mkdir(parents=True, exist_ok=True)
     curve = adaptive_curve(
         stored.model,
         Preprocessing.from_dict(stored.preprocessing),
@@ -784,7 +786,6 @@ def _adaptive(options: argparse.Namespace) -> None:
         from vitrail.explain.draw import png
         from vitrail.files import write_whole
 
-        options.output.mkdir(parents=True, exist_ok=True)
         write_whole(options.output / "adaptive.json", json.dumps(curve.to_dict(), indent=2) + "\n")
         write_whole(options.output / "adaptive.png", png(curve_chart(curve)))
         print(f"{options.output / 'adaptive.png'} and adaptive.json", file=sys.stderr)

@@ -120,12 +120,25 @@ def _covering(height: int, width: int, img_size: tuple[int, int]) -> tuple[int, 
 def _reduce(picture: JpegImageFile, box: Box, size: tuple[int, int], in_chans: int) -> int:
     """Tell a JPEG's decoder, before it runs, how little is wanted; gives the divisor of the sides."""
     left, top, right, bottom = box
-    room = min((bottom - top) / size[0], (right - left) / size[1]) / _MARGIN
-    scale = max(s for s in (1, 2, 4, 8) if s <= max(room, 1))
+    scale = reduced_scale((bottom - top, right - left), size)
     # A colour profile is applied to colours, so they are needed even where grey is wanted.
     mode = "L" if in_chans == 1 and "icc_profile" not in picture.info else None
     picture.draft(mode, (picture.width // scale, picture.height // scale))
     return scale
+
+
+def reduced_scale(extent: Sequence[float], size: Sequence[float]) -> int:
+    """By how much a JPEG's decoder may divide the sides, where (height, width) pixels are made into a size.
+
+    Args:
+        extent: Height and width in the picture.
+        size: Height and width that are wanted.
+
+    Returns:
+        1, 2, 4 or 8.
+    """
+    room = min(have / want for have, want in zip(extent, size, strict=True)) / _MARGIN
+    return max(scale for scale in (1, 2, 4, 8) if scale <= max(room, 1))
 
 
 def _resize(pixels: Tensor, box: Sequence[float], size: tuple[int, int]) -> Tensor:

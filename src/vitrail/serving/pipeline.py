@@ -23,12 +23,10 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from vitrail.datasets import BrokenImageError, Preprocessing
+from vitrail.datasets.decode import reduced_scale
 from vitrail.datasets.folder import image_files
 from vitrail.datasets.transforms import open_header, upright_size
 from vitrail.serving.predictor import Prediction, Predictor
-
-# As in `datasets.decode`, which says why.
-_MARGIN = 1.5
 
 
 def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[BrokenImageError]]:
@@ -119,9 +117,8 @@ def _open_reduced(name: str, preprocessing: Preprocessing) -> Tensor | BrokenIma
     try:
         picture = open_header(name, name)
         if isinstance(picture, JpegImageFile):
-            goal = (side / preprocessing.crop_ratio for side in preprocessing.img_size)
-            room = min(have / want for have, want in zip(upright_size(picture), goal, strict=True)) / _MARGIN
-            scale = max(s for s in (1, 2, 4, 8) if s <= max(room, 1))
+            goal = [side / preprocessing.crop_ratio for side in preprocessing.img_size]
+            scale = reduced_scale(upright_size(picture), goal)
             if scale > 1:
                 picture.draft(None, (picture.width // scale, picture.height // scale))
         return preprocessing.open_image(picture)
