@@ -41,8 +41,8 @@ import torch
 from measure import RESULTS, in_turns, machine, median_ratio, summary
 from vitrail.bench.measure import forward_pass, training_step
 from vitrail.bench.peers import OURS, PEERS, contest, input_shape
-from vitrail.bench.timing import product, product_rate
 from vitrail.evaluation.cost import count_macs, count_parameters
+from vitrail.evaluation.timing import product, product_rate
 from vitrail.files import write_whole
 
 INSTALLED = tuple(peer for peer in PEERS if importlib.util.find_spec(peer.replace("-", "_")))

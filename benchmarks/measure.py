@@ -1,4 +1,4 @@
-"""What the benchmarks share: the timing of `vitrail.bench`, and the result file."""
+"""What the benchmarks share: timing, memory, the machine, and the result file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vitrail.bench.machine import machine
 from vitrail.bench.memory import peak_growth, printed_by
-from vitrail.bench.timing import in_turns, machine, median_ratio, summary
+from vitrail.evaluation.timing import in_turns, median_ratio, summary
 
 __all__ = [
     "RESULTS",

@@ -60,7 +60,7 @@ MAY_IMPORT = {
         "files",
         "torchvision_ops",
     },
-    "adaptive": {"models", "components.tap", "datasets", "evaluation", "bench.timing", "explain.draw"},
+    "adaptive": {"models", "components.tap", "datasets", "evaluation", "explain.draw"},
 }
 FREE = {"cli", "quickstart", "__init__", "__main__"}
 

@@ -29,8 +29,8 @@ from vitrail.bench.measure import (
 from vitrail.bench.memory import PeakMemory, peak_growth, printed_by
 from vitrail.bench.peers import OURS, RUNTIMES, contest, input_shape, random_model
 from vitrail.bench.scaling import TrainingTime, _points, fit_power_law, run_scaling, write_scaling
-from vitrail.bench.timing import in_turns, median_ratio, product, product_rate, summary
 from vitrail.cli import main
+from vitrail.evaluation.timing import in_turns, median_ratio, product, product_rate, summary
 from vitrail.models.catalogue import PARAMETERS_AND_MACS
 from vitrail.pretrained.folder import save_model
 
@@ -65,6 +65,11 @@ def test_acts_take_turns_in_a_rotating_order():
     assert "".join(order).replace(".", "") == "cab" + "abc" + "bca" + "cab"
     assert order.count(".") == 12
     assert {name: len(own) for name, own in seconds.items()} == dict.fromkeys("abc", 3)
+
+
+def test_more_turns_until_they_have_lasted_long_enough():
+    assert len(in_turns({"a": lambda: time.sleep(0.01)}, 2, lasting=0.1)["a"]) in range(5, 11)
+    assert len(in_turns({"a": lambda: None}, 2, lasting=1e9)["a"]) == 40
 
 
 def test_summary_and_ratio():

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from vitrail.adaptive.early_exit import EarlyExit, fit_early_exit
 from vitrail.adaptive.merging import MergedViT
 from vitrail.adaptive.plain import plain_vit
-from vitrail.bench.timing import in_turns, summary
 from vitrail.datasets import Images, Preprocessing, Splits
 from vitrail.evaluation.cost import count_macs, macs_by_module, without_numbers
 from vitrail.evaluation.inference import predict_logits
+from vitrail.evaluation.timing import in_turns, summary
 from vitrail.models import Encoder
 
 THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.6)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from vitrail.bench.chart import contest_chart, write_charts
+from vitrail.bench.machine import machine
 from vitrail.bench.measure import DTYPES, Gain, Measurement, Settings, bfloat16_gain, find_models, measure
 from vitrail.bench.peers import PEERS
-from vitrail.bench.timing import machine
 from vitrail.files import write_whole
 
 _COLUMNS = ("library", "batch", "ms/batch", "(quartiles)", "ms/image", "images/s", "of ceiling", "peak MiB")

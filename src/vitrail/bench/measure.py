@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from vitrail.bench.memory import PeakMemory, printed_by
 from vitrail.bench.peers import OURS, RUNTIMES, build_peer, contest, input_shape, random_model
-from vitrail.bench.timing import Act, in_turns, median_ratio, product, product_rate, summary, waiting
 from vitrail.evaluation.cost import count_macs, count_parameters
+from vitrail.evaluation.timing import Act, in_turns, median_ratio, product, product_rate, summary, waiting
 from vitrail.models import SHORT_NAMES, VARIANTS
 from vitrail.models.catalogue import find_variants
 from vitrail.pretrained.folder import read_folder_config

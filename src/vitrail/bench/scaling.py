@@ -19,10 +19,11 @@ import torch
 
 from vitrail.bench.bench import aligned, checked, heading, table_csv, threads
 from vitrail.bench.chart import scaling_chart, write_charts
+from vitrail.bench.machine import machine
 from vitrail.bench.measure import DTYPES, Settings, find_models, make_pass, placed, training_step, with_size
 from vitrail.bench.peers import input_shape, random_model
-from vitrail.bench.timing import Act, in_turns, machine, waiting
 from vitrail.evaluation.cost import count_macs
+from vitrail.evaluation.timing import Act, in_turns, waiting
 from vitrail.files import write_whole
 from vitrail.models import model_config
 

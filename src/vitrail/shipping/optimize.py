@@ -15,8 +15,9 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.datasets import Images, Preprocessing, Splits
+from vitrail.evaluation.timing import in_turns
 from vitrail.files import write_whole
 from vitrail.pretrained import ModelFolder, save_model
 from vitrail.pretrained.compiled import (
@@ -50,7 +52,7 @@ FEWEST_JUDGED = 200
 CALIBRATION = 128
 """Images that set the ranges of int8."""
 
-_ROUNDS, _MOST_ROUNDS, _LONG_ENOUGH_S = 15, 300, 2.0
+_REPETITIONS, _LONG_ENOUGH_S = 15, 2.0
 _CHUNK = 32
 
 
@@ -60,7 +62,7 @@ class Candidate:
 
     precision: str
     speed_up: float
-    """Time of eager float32 over its own, median over rounds in which all take turns."""
+    """Time of eager float32 over its own, median over repetitions in which all take turns."""
     speed_up_quartiles: tuple[float, float]
     seconds: float
     """Median time of a batch."""
@@ -299,7 +301,9 @@ def _measured(
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         name: CompiledModel(load_package(package), images.shape[1:]) for name, package in packages.items()
     }
-    seconds = _in_turns({"eager": model, **ways}, images[torch.arange(batch) % len(images)])
+    timed = images[torch.arange(batch) % len(images)]
+    acts = {"eager": partial(model, timed), **{name: partial(way, timed) for name, way in ways.items()}}
+    seconds = in_turns(acts, _REPETITIONS, lasting=_LONG_ENOUGH_S)
     expected = _logits(model, images)
     candidates = []
     for name, way in ways.items():
@@ -322,28 +326,6 @@ def _measured(
 
 def _logits(way: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return torch.cat([way(part) for part in images.split(_CHUNK)])
-
-
-def _in_turns(ways: Mapping[str, Callable[[Tensor], Tensor]], images: Tensor) -> dict[str, list[float]]:
-    """Seconds of each way, one after the other and again, so that a busy moment hits all alike."""
-    for way in ways.values():
-        way(images)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in _rounds():
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way(images)
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def _rounds() -> Iterator[int]:
-    """At least `_ROUNDS`; more, where they are short."""
-    began = time.perf_counter()
-    for number in range(_MOST_ROUNDS):
-        if number >= _ROUNDS and time.perf_counter() - began > _LONG_ENOUGH_S:
-            return
-        yield number
 
 
 def _write(found: Optimized, stored: ModelFolder, package: Path | None) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,27 +13,7 @@ from torch import Tensor
 Act = Callable[[], object]
 """What is timed."""
 
-
-def machine(*packages: str, device: torch.device | None = None) -> dict[str, Any]:
-    """The machine and the versions that decide the times.
-
-    Args:
-        packages: To name besides torch and what Vitrail itself runs on.
-        device: That computes; the CPU when not given.
-    """
-    # Slow to import, and a process that measures memory has no use for it.
-    from vitrail.training.manifest import hardware, versions
-
-    found = hardware(device or torch.device("cpu"))
-    gpu = {"gpu": found["gpu"]} if "gpu" in found else {}
-    return {
-        "cpu": found["cpu"].rsplit(",", 1)[0],
-        **gpu,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "versions": versions() | {name: metadata.version(name) for name in packages},
-    }
+_MOST = 20
 
 
 def waiting(device: torch.device) -> Act | None:
@@ -44,7 +22,12 @@ def waiting(device: torch.device) -> Act | None:
 
 
 def in_turns(
-    acts: Mapping[str, Act], repetitions: int, *, warmup: int = 1, wait: Act | None = None
+    acts: Mapping[str, Act],
+    repetitions: int,
+    *,
+    warmup: int = 1,
+    wait: Act | None = None,
+    lasting: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of several ways to do a thing, in each repetition.
 
@@ -56,9 +39,13 @@ def in_turns(
         repetitions: Of each, at least 1.
         warmup: Further ones before, which are not timed.
         wait: What waits for the device, see `waiting`.
+        lasting: Seconds. Where the repetitions are over before, more follow, at most 20 times as many.
     """
     seconds: dict[str, list[float]] = {way: [] for way in acts}
-    for number in range(-warmup, repetitions):
+    started = time.perf_counter()
+    for number in range(-warmup, _MOST * repetitions):
+        if number >= repetitions and time.perf_counter() - started >= lasting:
+            break
         at = number % len(acts)
         for way in [*acts][at:] + [*acts][:at]:
             began = time.perf_counter()
