@@ -11,12 +11,7 @@ Two ways to get the same augmented batches, each of them feeding the same traini
 Measured, in seconds: `epoch`, the loop fed by that way; `data`, iterating the same batches without a model;
 and `model`, the loop fed with one ready batch over and over, which no way of loading can beat.
 
-A step of so small a model gains little from a second thread, so both are measured a second time as two
-processes of one thread each (`torchrun --nproc_per_node 2`, which trains on halves of each batch; the
-DataLoader then has one worker in each process, two in all). Three ratios are stated: both in one process,
-both in two, and Vitrail in two against the DataLoader in one.
-
-Fairness: both run in equal processes, on the same threads, in turn, with the order reversed from one
+Fairness: both run in one process, on the same threads, in turn, with the order reversed from one
 repetition to the next, and each epoch starts from the same weights. The loop is the package's own
 (`vitrail.training.loop.fit`: forward, backward, clipping, fused AdamW, moving average, a log record every 50
 steps and the checkpoint at the end), so model, precision, optimiser and number of steps are equal; building
@@ -38,7 +33,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,13 +42,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from measure import machine, median_ratio, summary, write_result
 from vitrail.config import AugmentSection, RunConfig, load_config
 from vitrail.datasets import ImageSet
-from vitrail.processes import is_main, rank, world
 from vitrail.tasks import Batch
 from vitrail.training import Run, prepare, training_batches
 from vitrail.training.average import MovingAverage
@@ -75,7 +68,11 @@ class PictureSet(Dataset[tuple[torch.Tensor, int]]):
     """Decoded PIL images with torchvision transforms, as torchvision's own MNIST class is used."""
 
     def __init__(self, images: ImageSet, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.pictures = [Image.fromarray(array[0]) for array in images.images]
+        # [C, H, W] -> [H, W] of grey, [H, W, 3] of colours
+        self.pictures = [
+            Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
+            for array in images.images
+        ]
         self.labels = images.labels.tolist()
         self.transform = transform
 
@@ -102,14 +99,14 @@ def pipeline(run: Run) -> transforms.Compose:
 
 
 def torch_batches(pictures: PictureSet, run: Run) -> Iterator[Batch]:
-    """One epoch through a DataLoader, whose workers start here; a process's share where there are several."""
+    """One epoch through a DataLoader, whose workers start here."""
     section = run.config.train
     loader = DataLoader(
-        Subset(pictures, range(rank(), len(pictures), world())),
-        batch_size=section.batch_size // world(),
+        pictures,
+        batch_size=section.batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=WORKERS // world(),
+        num_workers=WORKERS,
         generator=torch.Generator().manual_seed(section.seed),
     )
     for images, labels in loader:
@@ -141,8 +138,7 @@ def time_epoch(config: RunConfig, batches: Batches) -> tuple[float, float]:
             checkpoints=Path(place),
         )
         seconds = time.perf_counter() - began
-        # Only the first process writes.
-        loss = json.loads(metrics.read_text().splitlines()[-1])["loss"] if is_main() else float("nan")
+        loss = json.loads(metrics.read_text().splitlines()[-1])["loss"]
         return seconds, loss
 
 
@@ -170,35 +166,6 @@ def settings_of(quick: bool) -> RunConfig:
     return load_config(RECIPE, overrides)
 
 
-def two_processes(way: str, quick: bool) -> float:
-    """Seconds of an epoch by two processes of one thread each; starting them is not counted."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, "--epoch", way, *(["--quick"] if quick else [])],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout)
-
-
-def print_epoch(way: str, quick: bool) -> None:
-    """What each of several processes does: 50 steps to warm up, then the epoch that counts."""
-    config = settings_of(quick)
-    run = prepare(config)
-    pictures = PictureSet(run.splits.train, pipeline(run))
-    ways: dict[str, Batches] = {
-        "vitrail": lambda run: training_batches(run, 0),
-        "torch": lambda run: torch_batches(pictures, run),
-    }
-    ready = next(training_batches(run, 0))
-    time_epoch(config, lambda _: itertools.repeat(ready, 50))
-    seconds, _ = time_epoch(config, ways[way])
-    if is_main():
-        print(seconds)
-
-
 def measure(quick: bool) -> dict[str, Any]:
     """Take all times.
 
@@ -224,7 +191,6 @@ def measure(quick: bool) -> dict[str, Any]:
     data: dict[str, list[float]] = {name: [] for name in ways}
     epoch: dict[str, list[float]] = {name: [] for name in ways}
     losses: dict[str, list[float]] = {name: [] for name in ways}
-    parallel: dict[str, list[float]] = {name: [] for name in ways}
     model: list[float] = []
     repetitions = 1 if quick else REPETITIONS
     for repetition in range(repetitions):
@@ -233,7 +199,6 @@ def measure(quick: bool) -> dict[str, Any]:
             seconds, loss = time_epoch(config, ways[name])
             epoch[name].append(seconds)
             losses[name].append(loss)
-            parallel[name].append(two_processes(name, quick))
         model.append(time_epoch(config, lambda _: itertools.repeat(ready, run.plan.total))[0])
         print(f"repetition {repetition + 1} of {repetitions}", file=sys.stderr)
 
@@ -262,7 +227,6 @@ def measure(quick: bool) -> dict[str, Any]:
                 "epoch_images_per_s": trained / statistics.median(epoch[name]),
                 "data_images_per_s": trained / statistics.median(data[name]),
                 "last_loss": statistics.median(losses[name]),
-                "epoch_two_processes": summary(parallel[name]),
             }
             for name in ways
         },
@@ -272,8 +236,6 @@ def measure(quick: bool) -> dict[str, Any]:
             "epoch_paired": median_ratio(epoch["torch"], epoch["vitrail"]),
             "data": statistics.median(data["torch"]) / statistics.median(data["vitrail"]),
             "epoch_if_vitrail_data_were_free": statistics.median(epoch["torch"]) / statistics.median(model),
-            "two_processes": median_ratio(parallel["torch"], parallel["vitrail"]),
-            "vitrail_in_two_processes": median_ratio(epoch["torch"], parallel["vitrail"]),
             "epoch_target": TARGET,
         },
     }
@@ -287,28 +249,19 @@ def show(result: dict[str, Any]) -> None:
         f"{settings['batch_size']}, {settings['precision']}; {described['cpu']}, {described['cores']} cores, "
         f"{described['torch_threads']} torch threads; median of {settings['repetitions']}"
     )
-    print(
-        f"{'':10}{'epoch s':>10}{'images/s':>10}{'data s':>10}{'images/s':>10}{'last loss':>11}"
-        f"{'2 processes s':>15}"
-    )
+    print(f"{'':10}{'epoch s':>10}{'images/s':>10}{'data s':>10}{'images/s':>10}{'last loss':>11}")
     for name, way in result["ways"].items():
         print(
             f"{name:10}{way['epoch']['median_s']:10.2f}{way['epoch_images_per_s']:10.0f}"
             f"{way['data']['median_s']:10.2f}{way['data_images_per_s']:10.0f}{way['last_loss']:11.3f}"
-            f"{way['epoch_two_processes']['median_s']:15.2f}"
         )
     model = result["model"]
     print(f"{'model only':10}{model['median_s']:10.2f}{model['images_per_s']:10.0f}")
+    verdict = "reached" if ratios["epoch_paired"] >= ratios["epoch_target"] else "NOT reached"
     print(
-        f"torch / vitrail: epoch {ratios['epoch']:.2f} (paired {ratios['epoch_paired']:.2f}), data "
-        f"{ratios['data']:.2f}; with free data Vitrail's epoch would reach "
-        f"{ratios['epoch_if_vitrail_data_were_free']:.2f}"
-    )
-    best = ratios["vitrail_in_two_processes"]
-    verdict = "reached" if best >= ratios["epoch_target"] else "NOT reached"
-    print(
-        f"both in two processes {ratios['two_processes']:.2f}; Vitrail in two against the DataLoader in one "
-        f"{best:.2f} (target {ratios['epoch_target']:.1f} {verdict})"
+        f"torch / vitrail: epoch {ratios['epoch']:.2f} (paired {ratios['epoch_paired']:.2f}, target "
+        f"{ratios['epoch_target']:.1f} {verdict}), data {ratios['data']:.2f}; with free data Vitrail's epoch "
+        f"would reach {ratios['epoch_if_vitrail_data_were_free']:.2f}"
     )
 
 
@@ -316,13 +269,8 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="a smoke test: 2,000 images, one repetition")
-    parser.add_argument("--epoch", choices=("vitrail", "torch"), help="print the seconds of one epoch alone")
-    options = parser.parse_args()
-    quick = options.quick
+    quick = parser.parse_args().quick
     try:
-        if options.epoch:
-            print_epoch(options.epoch, quick)
-            return
         result = measure(quick)
     except ValueError as error:
         sys.exit(f"mnist_epoch: {error}")

@@ -49,6 +49,17 @@ def test_mnist_epoch_without_data_says_what_is_missing(monkeypatch):
         importlib.import_module("mnist_epoch").measure(quick=True)
 
 
+@pytest.mark.skipif(not os.environ.get("VITRAIL_DATA"), reason="needs CIFAR-10: set VITRAIL_DATA")
+def test_cifar10_epoch(tmp_path):
+    done, path = run(tmp_path, "cifar10_epoch")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert result["settings"]["steps"] == 3
+    ours, timm = result["settings"]["macs_an_image"].values()
+    assert abs(ours / timm - 1) < 0.01
+    assert "timm / vitrail" in done.stdout
+
+
 @pytest.mark.skipif(not os.environ.get("VITRAIL_DATA"), reason="needs MNIST: set VITRAIL_DATA")
 def test_planted_evidence(tmp_path):
     done, path = run(tmp_path, "planted_evidence", "--models", "cct")

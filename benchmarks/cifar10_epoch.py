@@ -1,0 +1,187 @@
+"""One epoch of the recipe `cifar10-vit` on real CIFAR-10: `vitrail train` against a usual script with timm.
+
+    python benchmarks/cifar10_epoch.py [--quick]        needs VITRAIL_DATA, a folder that holds cifar10/
+
+- vitrail: the recipe as it is (Muon, clipping, moving average, logging, checkpoint), at 32 pixels from the
+  first step on; the recipe itself starts with smaller images.
+- timm: its VisionTransformer of the same width, depth and convolutional stem, in a plain PyTorch loop (AdamW,
+  label smoothing; neither clipping nor moving average) over a DataLoader with two workers and torchvision's
+  RandomCrop, RandomHorizontalFlip, ToTensor and Normalize on decoded PIL images.
+
+The multiply-adds of both, counted by PyTorch's own counter, must agree within 1 %: timm averages the patches
+where ours weighs them first. Both run in one process, on the same threads, in turns; building models and
+decoding PNGs is not timed, starting workers is. `--quick` is a smoke test: 400 images, once.
+"""
+
+from __future__ import annotations
+
+import vitrail.torchvision_ops  # noqa: F401  (before timm)
+
+# isort: split
+import argparse
+import os
+import statistics
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import HybridEmbed
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+from measure import machine, median_ratio, summary, write_result
+from mnist_epoch import PictureSet, time_epoch
+from vitrail.components.patch import StemPatchEmbedding
+from vitrail.config import AugmentSection, RunConfig, load_config
+from vitrail.models import build_model
+from vitrail.training import Run, prepare, training_batches
+
+RECIPE = "cifar10-vit"
+TARGET = 1.5
+WORKERS = 2
+REPETITIONS = 3
+QUICK_IMAGES = 400
+
+
+def timm_model(config: Any) -> nn.Module:
+    """timm's ViT with the stem's layers as its backbone; `config` is our model's."""
+    stem = StemPatchEmbedding(config.patch_size, config.in_chans, config.embed_dim).proj
+    return VisionTransformer(
+        img_size=config.img_size,
+        patch_size=1,
+        in_chans=config.in_chans,
+        num_classes=config.num_classes,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        class_token=False,
+        global_pool="avg",
+        fc_norm=False,
+        embed_layer=partial(HybridEmbed, stem, proj=False),
+    )
+
+
+def macs(model: nn.Module, images: Tensor) -> float:
+    """Multiply-adds of a forward pass, an image."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(images)
+    return counter.get_total_flops() / 2 / len(images)
+
+
+def pipeline(run: Run) -> transforms.Compose:
+    """The recipe's augmentation and normalisation in torchvision's transforms."""
+    section, (height, width) = run.config.augment, run.preprocessing.img_size
+    if section != AugmentSection(flip=section.flip, crop=section.crop):
+        raise ValueError(f"{RECIPE} augments by more than crop and flip: add it here too")
+    return transforms.Compose(
+        [
+            transforms.RandomCrop((height, width), padding=section.crop),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(run.preprocessing.mean, run.preprocessing.std),
+        ]
+    )
+
+
+def time_script(model: nn.Module, pictures: Dataset[Any], config: RunConfig) -> float:
+    """Seconds of an epoch as most training scripts have it."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=config.optim.weight_decay)
+    smoothing = config.task.model_extra["label_smoothing"]
+    began = time.perf_counter()
+    loader = DataLoader(
+        pictures, batch_size=config.train.batch_size, shuffle=True, drop_last=True, num_workers=WORKERS
+    )
+    for images, labels in loader:
+        loss = F.cross_entropy(model(images), labels, label_smoothing=smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return time.perf_counter() - began
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Take all times.
+
+    Raises:
+        ValueError: CIFAR-10 is not there, or the models are not of one cost; in one line.
+    """
+    if not os.environ.get("VITRAIL_DATA"):
+        raise ValueError("this needs the real CIFAR-10: set VITRAIL_DATA to a folder that holds cifar10/")
+    overrides: dict[str, Any] = {
+        "data.val_fraction": 0.0,
+        "train.duration": "1 epoch",
+        "train.device": "cpu",
+        "train.progressive": {},
+    }
+    if quick:
+        overrides["data.train_fraction"] = QUICK_IMAGES / 50_000
+    config = load_config(RECIPE, overrides)
+    run = prepare(config)
+    described = machine()
+    ours = build_model(config.model.name)
+    cost = {
+        name: macs(model, torch.randn(2, 3, 32, 32))
+        for name, model in (("vitrail", ours), ("timm", timm_model(ours.config)))
+    }
+    if abs(cost["vitrail"] / cost["timm"] - 1) > 0.01:
+        raise ValueError(f"the models are not of one cost: {cost}")
+    pictures = PictureSet(run.splits.train, pipeline(run))
+    ways = {
+        "vitrail": lambda: time_epoch(config, lambda run: training_batches(run, 0))[0],
+        "timm": lambda: time_script(timm_model(ours.config), pictures, config),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    repetitions = 1 if quick else REPETITIONS
+    for repetition in range(repetitions):
+        for name in list(ways)[:: 1 if repetition % 2 == 0 else -1]:
+            seconds[name].append(ways[name]())
+            print(f"repetition {repetition + 1}: {name} {seconds[name][-1]:.1f} s", file=sys.stderr)
+    return {
+        "benchmark": "cifar10_epoch",
+        "quick": quick,
+        "machine": described,
+        "settings": {
+            "recipe": RECIPE,
+            "images": len(run.splits.train),
+            "steps": run.plan.total,
+            "batch_size": config.train.batch_size,
+            "macs_an_image": cost,
+            "workers": WORKERS,
+            "repetitions": repetitions,
+        },
+        "epoch": {name: summary(own) for name, own in seconds.items()},
+        "timm_over_vitrail": {
+            "epoch": statistics.median(seconds["timm"]) / statistics.median(seconds["vitrail"]),
+            "epoch_paired": median_ratio(seconds["timm"], seconds["vitrail"]),
+            "target": TARGET,
+        },
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="a smoke test: 400 images, one repetition")
+    quick = parser.parse_args().quick
+    try:
+        result = measure(quick)
+    except ValueError as error:
+        sys.exit(f"cifar10_epoch: {error}")
+    ratio = result["timm_over_vitrail"]["epoch_paired"]
+    for name, own in result["epoch"].items():
+        print(f"{name:10}{own['median_s']:8.1f} s an epoch")
+    verdict = "reached" if ratio >= TARGET else "NOT reached"
+    print(f"timm / vitrail: {ratio:.2f} (paired; target {TARGET} {verdict})")
+    write_result("cifar10_epoch", result, quick=quick)
+
+
+if __name__ == "__main__":
+    main()
