@@ -6,7 +6,7 @@ Four ways, in turns, on the same 8 images of 224 x 224: a plain forward pass; `a
 mean over the heads); transformers' ViT of the same size plain, and with `output_attentions=True` (which needs
 its eager attention, chosen when the model is built). Each way also runs once in a process of its own, for the
 highest memory that the operating system counted (VmHWM) less what it had before. `--quick` is a smoke
-test: ViT-Ti, one repetition.
+test: ViT-Ti, one image, once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from vitrail.explain.attention import attention_maps
 from vitrail.models import build_model
 
 SIZES = {"base": (768, 12), "tiny": (192, 3)}
+BATCH = {"base": 8, "tiny": 1}
 WAYS = ("plain", "maps", "transformers", "transformers maps")
 
 
 def prepare(way: str, size: str) -> Callable[[], object]:
     """What a way does once."""
     dim, heads = SIZES[size]
-    images = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(BATCH[size], 3, 224, 224, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     if way in ("plain", "maps"):
         model = build_model(f"vit_{size}_patch16_224").eval()
@@ -58,7 +59,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a smoke test: ViT-Ti, one repetition")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: ViT-Ti, one image, once")
     parser.add_argument("--memory", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     size = "tiny" if options.quick else "base"
@@ -70,11 +71,11 @@ def main() -> None:
     quick = ["--quick"] if options.quick else []
     memory = {way: float(printed_by(__file__, "--memory", way, *quick)) for way in WAYS}
     acts = {way: prepare(way, size) for way in WAYS}
-    seconds = in_turns(acts, repetitions=1 if options.quick else options.repetitions)
+    seconds = in_turns(acts, 1 if options.quick else options.repetitions, warmup=0 if options.quick else 1)
     result = {
         "machine": about,
         "model": f"vit_{size}_patch16_224",
-        "batch": 8,
+        "batch": BATCH[size],
         "times": {way: summary(own) for way, own in seconds.items()},
         "peak_mib": memory,
         "maps_over_plain": median_ratio(seconds["maps"], seconds["plain"]),

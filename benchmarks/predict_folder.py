@@ -137,7 +137,8 @@ def measure(repetitions: int, quick: bool) -> dict[str, Any]:
         work = Path(folder)
         count = len(list(prepare(work, 16 if quick else None).iterdir()))
         ways = ("vitrail", *PEERS, "import_torch")
-        seconds = in_turns({way: lambda way=way: start(way, work) for way in ways}, repetitions)
+        acts = {way: lambda way=way: start(way, work) for way in ways}
+        seconds = in_turns(acts, repetitions, warmup=0 if quick else 1)
         answers = compare(work)
     return {
         "benchmark": "predict_folder",

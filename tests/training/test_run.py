@@ -328,7 +328,7 @@ def test_bfloat16_follows_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(list_recipes()))
 def test_every_recipe_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(name)
+    config = load_config(name, {"train.batch_size": 8})
     monkeypatch.chdir(tmp_path)
     try:
         if (teacher := str(config.task.options.get("teacher"))).startswith("runs/"):
