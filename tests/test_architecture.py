@@ -105,6 +105,12 @@ def test_models_import_no_peer() -> None:
             assert not roots & {"timm", "transformers", "torchvision", "accelerate"}, path
 
 
+def test_only_the_front_door_imports_the_command_line() -> None:
+    for path in _files():
+        if path.relative_to(SOURCE).parts[0] not in {"cli", "__main__.py"}:
+            assert not any(f"{name}.".startswith("vitrail.cli.") for name in _imports(path)), path
+
+
 def test_every_part_is_in_the_table() -> None:
     parts = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in _files()}
     assert parts == set(MAY_IMPORT) | FREE
@@ -113,6 +119,15 @@ def test_every_part_is_in_the_table() -> None:
 def test_import_loads_no_torch() -> None:
     code = "import sys, vitrail, vitrail.cli, vitrail.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_command_line_loads_only_the_standard_library() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import vitrail.cli\n"
+        "print({name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout == "{'vitrail'}\n"
 
 
 def test_public_names_exist() -> None:
