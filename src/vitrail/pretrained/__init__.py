@@ -16,6 +16,7 @@ from vitrail.pretrained.folder import (
     read_folder_config,
     save_model,
 )
+from vitrail.pretrained.program import load_program, save_program, trust_program
 from vitrail.pretrained.sources import Weights, find_weights
 from vitrail.pretrained.weights import default_weights
 
@@ -31,8 +32,11 @@ __all__ = [
     "import_model",
     "load_model",
     "load_pretrained",
+    "load_program",
     "read_folder_config",
     "save_model",
+    "save_program",
+    "trust_program",
 ]
 
 

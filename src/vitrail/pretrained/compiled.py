@@ -5,18 +5,13 @@
     optimized.pt2                    the compiled model with its weights; absent where eager was faster
 
 `vitrail.shipping.optimize` writes it. The .pt2 file is made by AOTInductor: it starts without a compiler, in
-a fraction of a second. It is code, and a folder may come from anyone: it is run only where its seal, a keyed
-digest (BLAKE2b, RFC 7693) of these files, was made with the key in this user's cache, and where the CPU has
-all that it was compiled for.
+a fraction of a second. It is code, and a folder may come from anyone: it is run only under this user's seal
+(`vitrail.pretrained.seal`) of these files, and where the CPU has all that it was compiled for.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
-import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.files import write_whole
+from vitrail.pretrained.seal import is_sealed, seal
 
 RECORD = "optimized.json"
 PACKAGE = "optimized.pt2"
 LARGEST_BATCH = 1024
 """Images that compiled code takes at a time; more are split."""
-_SEALED = ("config.json", "model.safetensors", PACKAGE)
 
 
 class CompiledModel(nn.Module):
@@ -87,7 +82,7 @@ def load_compiled(source: str | Path) -> CompiledModel | None:
     again = "run `vitrail optimize` again here, or delete optimized.json to use the ordinary weights"
     try:
         record = json.loads((folder / RECORD).read_text())
-        compiled, machine, seal = record["compiled"], record["machine"], str(record["seal"])
+        compiled, machine, own = record["compiled"], record["machine"], str(record["seal"])
         version, features = machine["torch"], machine["cpu_features"]
         image_shape = [int(size) for size in record["image_shape"]]
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
@@ -100,9 +95,10 @@ def load_compiled(source: str | Path) -> CompiledModel | None:
         )
     if missing := sorted(set(features) - set(cpu_features())):
         raise ValueError(f"{folder} was compiled for a CPU that has {', '.join(missing)}; {again}")
-    if not _is_sealed(folder, record, seal):
+    files = _sealed(folder)
+    if not (all(file.is_file() for file in files) and is_sealed(record, files)):
         raise ValueError(f"{folder}: its compiled model was made by somebody else or changed since; {again}")
-    return CompiledModel(load_package(folder / PACKAGE), image_shape, seal=seal)
+    return CompiledModel(load_package(folder / PACKAGE), image_shape, seal=own)
 
 
 def load_package(package: Path) -> Callable[[Tensor], Tensor]:
@@ -130,39 +126,12 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write optimized.json, sealed; the other files of the folder are there already.
 
     Raises:
-        ValueError: The key cannot be written.
+        ValueError: The key of the seal cannot be written.
     """
-    key = _key_file()
-    try:
-        key.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-    except FileExistsError:
-        pass  # every folder of this user is sealed with the same key
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {key} ({error.strerror}): set VITRAIL_CACHE to another folder"
-        ) from None
-    sealed = dict(record) | {"seal": _seal(folder, record)}
+    sealed = dict(record) | {"seal": seal(record, _sealed(folder))}
     write_whole(folder / RECORD, json.dumps(sealed, indent=2) + "\n")
 
 
-def _is_sealed(folder: Path, record: Mapping[str, Any], seal: str) -> bool:
-    if not _key_file().is_file() or not all((folder / name).is_file() for name in _SEALED):
-        return False
-    return hmac.compare_digest(_seal(folder, record), seal)
-
-
-def _seal(folder: Path, record: Mapping[str, Any]) -> str:
-    """Keyed digest of the record, apart from its seal, and of the files it speaks of."""
-    said = {name: value for name, value in record.items() if name != "seal"}
-    digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), key=_key_file().read_bytes())
-    for name in _SEALED:
-        if (folder / name).is_file():  # no package where eager PyTorch was chosen
-            with (folder / name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
-
-
-def _key_file() -> Path:
-    return Path(os.environ.get("VITRAIL_CACHE") or Path.home() / ".cache" / "vitrail") / "optimized.key"
+def _sealed(folder: Path) -> list[Path]:
+    """The files under the seal; there is no package where eager PyTorch was chosen."""
+    return [folder / name for name in ("config.json", "model.safetensors", PACKAGE)]

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from vitrail.files import write_whole
 from vitrail.models import Encoder, build_model, model_config
+from vitrail.models.video_vit import VideoViT
+from vitrail.models.vit import ViTConfig
 from vitrail.pretrained.fit import LoadReport, fit_state
 from vitrail.pretrained.folder import ModelFolder, save_model
 from vitrail.pretrained.formats import detect, timm, to_ours, to_theirs, torchvision, transformers
+from vitrail.pretrained.image_to_video import to_video
 from vitrail.pretrained.read import read_state
 from vitrail.pretrained.sources import Weights, find_weights, usual_preprocessing
 
@@ -44,7 +47,8 @@ def load_pretrained(model: Encoder, source: str | Path | Weights) -> LoadReport:
     """Load weights of anyone into a model; see `vitrail.pretrained.sources` for what a source may be.
 
     Positions are resampled for the model's image size, the stem's channels are summed or repeated, a head for
-    other classes stays fresh; everything else must fit exactly.
+    other classes stays fresh, a video model takes an image model's (`vitrail.pretrained.image_to_video`);
+    everything else must fit exactly.
 
     Args:
         model: Filled in place; untouched when anything does not fit.
@@ -55,10 +59,15 @@ def load_pretrained(model: Encoder, source: str | Path | Weights) -> LoadReport:
     """
     found = source if isinstance(source, Weights) else find_weights(source)
     state = read_state(found.file)
-    layouts = None
+    layouts, theirs = None, model.config
     if found.name is not None:
+        theirs = model_config(found.name, **found.changes)
         with torch.device("meta"):
-            layouts = build_model(found.name, **found.changes).position_layouts()
+            layouts = theirs.build().position_layouts()
+    if isinstance(model, VideoViT) and isinstance(theirs, ViTConfig):
+        ours, ignored = to_ours(state, detect(state), theirs)
+        ours, changed = to_video(ours, theirs, model, found.origin)
+        return fit_state(model, ours, found.origin, layouts=layouts, ignored=ignored, changed=changed)
     ours, ignored = to_ours(state, detect(state), model.config)
     return fit_state(model, ours, found.origin, layouts=layouts, ignored=ignored)
 

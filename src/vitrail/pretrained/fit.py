@@ -27,7 +27,8 @@ class LoadReport:
     matched: tuple[str, ...]
     """Taken as they are, bit by bit."""
     resized: Mapping[str, str]
-    """Positions resampled for another image size, channels summed or repeated: name -> what was done."""
+    """Positions resampled for another image size, channels summed or repeated, what a video model makes of an
+    image model's: name -> what was done."""
     fresh: tuple[str, ...]
     """Left as the model had them: the head, where the source has none or one for other classes."""
     ignored: Mapping[str, str]
@@ -57,6 +58,7 @@ def fit_state(
     *,
     layouts: Mapping[str, TableLayout] | None = None,
     ignored: Mapping[str, str] | None = None,
+    changed: Mapping[str, str] | None = None,
 ) -> LoadReport:
     """Load weights into a model, all of them or none.
 
@@ -67,6 +69,7 @@ def fit_state(
         layouts: What the rows of the source's position tables are for (`Encoder.position_layouts` of its
             model); without them tables are taken for square grids, or for the shape of this model's.
         ignored: What was left out already, for the report.
+        changed: What was done already with weights that are not as they were, for the report.
 
     Raises:
         ValueError: Weights that do not fit; one line that counts what is missing, unexpected or of another
@@ -81,7 +84,7 @@ def fit_state(
         if name not in parameters and given[name].shape != own[name].shape:
             dropped[name] = "computed for the size of the images"
             given[name] = own[name]
-    resized = {}
+    resized = dict(changed or {})
     tables = model.position_layouts()
     unequal = []
     for name in sorted(given.keys() & own.keys()):

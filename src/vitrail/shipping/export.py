@@ -7,7 +7,8 @@
 | openvino | .xml and .bin | OpenVINO | onnx, onnxscript, openvino |
 
 Beside FILE stands FILE.json: class names, preprocessing, names and shapes of input and output, and how far
-the results were from the model's. All forms begin with `torch.export`; OpenVINO reads the ONNX file.
+the results were from the model's. All forms begin with `torch.export`; OpenVINO reads the ONNX file. A .pt2
+file is sealed (`vitrail.pretrained.seal`), so that it can teach (`--task.teacher FILE.pt2`).
 
 Images of any size are possible where an architecture's code does not ask for the size: ViT, DeiT, Diff-ViT,
 CaiT, CCT, PVT and the video ViT (with positions that are learned or none). Swin lays its windows out for one.
@@ -34,6 +35,7 @@ from torch.export import Dim, ExportedProgram
 
 from vitrail.models import Encoder
 from vitrail.pretrained import ModelFolder
+from vitrail.pretrained.seal import seal
 
 Form = Literal["onnx", "torch-export", "openvino"]
 SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml"}
@@ -119,6 +121,8 @@ def write_export(
                 f"(less than {TOLERANCE:g} expected)"
             )
         description |= {"largest_difference": difference, "checked_shapes": [list(shape) for shape in shapes]}
+        if form == "torch-export":
+            description["seal"] = seal(description, [beside])
         about = beside.with_name(f"{file.name}.json")
         about.write_text(json.dumps(description, indent=2) + "\n")
         for made in sorted(Path(folder).iterdir()):

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ from vitrail.datasets.loading import BatchReader
 from vitrail.datasets.sources import find_source
 from vitrail.evaluation.cost import count_macs, count_parameters
 from vitrail.models import Encoder, build_model, model_config
-from vitrail.pretrained import LoadReport, Weights, find_weights, load_pretrained
+from vitrail.models.video_vit import VideoViTConfig
+from vitrail.models.vit import ViTConfig
+from vitrail.pretrained import LoadReport, Weights, find_weights, load_pretrained, load_program
 from vitrail.pretrained.hub import from_pretrained
+from vitrail.pretrained.image_to_video import video_options
 from vitrail.processes import rank, world
 from vitrail.tasks import Batch, Distill, Task, Views, build_task, find_task
 from vitrail.tasks.distill import Prepare, check_same_classes
@@ -119,7 +123,7 @@ def prepare(config: RunConfig, splits: Splits | None = None) -> Run:
         )
     task_options = dict(config.task.options)
     if kind is Distill:
-        task_options |= _teacher(task_options.get("teacher"), splits.train.classes, preprocessing)
+        task_options |= _teacher(task_options.get("teacher"), splits.train, preprocessing)
     task = build_task(config.task.name, model, **task_options)
     if train.parallel == "fsdp" and sum(isinstance(part, Encoder) for part in task.modules()) > 1:
         raise ValueError(
@@ -143,7 +147,10 @@ def prepare(config: RunConfig, splits: Splits | None = None) -> Run:
 
 
 def architecture(config: RunConfig) -> tuple[str, dict[str, Any], Weights | None]:
-    """Name and options of a config's model, and the weights that it starts from, if it does."""
+    """Name and options of a config's model, and the weights that it starts from, if it does.
+
+    A video model may start from an image model: it then has that one's options, where none are given.
+    """
     section = config.model
     if section.pretrained is None:
         return section.name or DEFAULT_MODEL, section.options, None
@@ -153,6 +160,9 @@ def architecture(config: RunConfig) -> tuple[str, dict[str, Any], Weights | None
             raise ValueError(f"{section.pretrained} does not tell its architecture: add --model.name NAME")
         return section.name, section.options, found
     if section.name not in (None, found.name):
+        image = model_config(found.name, **found.changes)
+        if isinstance(image, ViTConfig) and isinstance(model_config(section.name), VideoViTConfig):
+            return section.name, video_options(image) | section.options, found
         raise ValueError(
             f"{section.pretrained} holds a {found.name}, not a {section.name}; leave model.name out"
         )
@@ -161,26 +171,34 @@ def architecture(config: RunConfig) -> tuple[str, dict[str, Any], Weights | None
 
 
 def _teacher(
-    source: Any, classes: tuple[str, ...], preprocessing: Preprocessing
+    source: Any, data: ImageSet | FileSet, preprocessing: Preprocessing
 ) -> dict[str, nn.Module | Prepare | None]:
     """A teacher, and how it wants the student's images: options of `Distill`.
 
     Raises:
-        ValueError: No teacher was named, its classes are others, or it has no head.
+        ValueError: No teacher was named, its classes are others, it has no head, or it cannot take the data.
     """
     if not isinstance(source, str):
         raise ValueError(
             "task distill needs a teacher: --task.teacher with a run or model folder, timm:NAME.TAG, "
-            "torchvision:NAME or a hub repository"
+            "torchvision:NAME, a hub repository, or FILE.pt2 (any network: vitrail.pretrained.save_program)"
         )
-    stored = from_pretrained(source)
-    if not stored.model.has_head:
-        raise ValueError(f"the teacher {source} has no head, so it has no answers to learn from")
-    if stored.classes:
-        check_same_classes(classes, stored.classes)
-    wanted = Preprocessing.from_dict(stored.preprocessing)
-    if wanted == preprocessing:
-        return {"teacher": stored.model, "prepare": None}
+    teacher: nn.Module
+    if Path(source).suffix == ".pt2":
+        if isinstance(data, ImageSet) and data.frames is not None:
+            raise ValueError(f"the teacher {source} takes images, and {data.name} has clips")
+        teacher = program = load_program(source)
+        names, wanted = program.classes, _preprocessing(program.preprocessing, f"{source}.json")
+    else:
+        stored = from_pretrained(source)
+        if not stored.model.has_head:
+            raise ValueError(f"the teacher {source} has no head, so it has no answers to learn from")
+        teacher, names, wanted = stored.model, stored.classes, Preprocessing.from_dict(stored.preprocessing)
+    if names:
+        check_same_classes(data.classes, names)
+    # Our models take the other sizes of progressive resizing as they come, an exported graph does not.
+    if wanted == preprocessing and isinstance(teacher, Encoder):
+        return {"teacher": teacher, "prepare": None}
     mean, std = (torch.tensor(own).view(1, -1, 1, 1) for own in (preprocessing.mean, preprocessing.std))
 
     def prepare(images: Tensor) -> Tensor:
@@ -191,7 +209,15 @@ def _teacher(
             pixels = luminance(pixels)
         return wanted.normalise(wanted.resize(pixels))
 
-    return {"teacher": stored.model, "prepare": prepare}
+    return {"teacher": teacher, "prepare": prepare}
+
+
+def _preprocessing(stored: Mapping[str, Any], file: str) -> Preprocessing:
+    """What a file that people may write by hand says of its images."""
+    try:
+        return Preprocessing.from_dict(stored)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _check_clips(config: RunConfig, model: str, model_frames: int | None, data: str) -> None:
