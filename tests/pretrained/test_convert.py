@@ -211,6 +211,26 @@ def test_channels_are_summed_or_repeated(kind: str, channels: int, tmp_path: Pat
         )
 
 
+@pytest.mark.parametrize("to", ["timm", "transformers", "torchvision"])
+def test_patches_cut_by_hand_are_a_convolution_for_others_and_back(to: Any, tmp_path: Path) -> None:
+    stored = _stored("vit")
+    name, changes, _ = KINDS["vit"]
+    by_hand = build_model(name, **changes, num_classes=5, patch_embed="linear").eval()
+    save_file(stored.model.state_dict(), tmp_path / "w.safetensors")
+    report = load_pretrained(by_hand, tmp_path / "w.safetensors")
+    assert report.resized == {"patch_embed.proj.weight": "a matrix, with the same numbers"}
+    images = torch.randn(2, 3, *by_hand.config.image_shape)
+    with torch.no_grad():
+        torch.testing.assert_close(by_hand(images), stored.model(images), atol=1e-4, rtol=1e-4)
+    check = export_model(replace(stored, model=by_hand), tmp_path / "out", to)
+    assert check.library is not None
+    assert check.library < 1e-4
+    again = build_model(name, **changes, num_classes=5)
+    load_pretrained(again, tmp_path / "out" / ("model.pth" if to == "torchvision" else "model.safetensors"))
+    for part, tensor in again.state_dict().items():
+        assert torch.equal(tensor, stored.model.state_dict()[part]), part
+
+
 def _google_arrays(
     width: int = 48, heads: int = 3, depth: int = 2, classes: int = 7
 ) -> dict[str, np.ndarray]:

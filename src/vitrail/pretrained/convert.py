@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,8 +133,9 @@ def export_model(stored: ModelFolder, target: Path, to: Target) -> Check:
     Raises:
         ValueError: That library has no such model, or the logits differ; one line.
     """
-    config = stored.model.config
-    state = {name: tensor.contiguous().clone() for name, tensor in stored.model.state_dict().items()}
+    written = stored if to == "vitrail" else _with_convolution(stored)
+    config = written.model.config
+    state = {name: tensor.contiguous().clone() for name, tensor in written.model.state_dict().items()}
     if to == "vitrail":
         save_model(
             target,
@@ -144,7 +145,7 @@ def export_model(stored: ModelFolder, target: Path, to: Target) -> Check:
             preprocessing=stored.preprocessing,
         )
     elif to == "timm":
-        described = timm.write_config(stored.model, stored.name, stored.classes, stored.preprocessing)
+        described = timm.write_config(written.model, stored.name, stored.classes, stored.preprocessing)
         _write(target, {"config.json": described}, to_theirs(state, to, config))
     elif to == "transformers":
         files = {
@@ -157,7 +158,17 @@ def export_model(stored: ModelFolder, target: Path, to: Target) -> Check:
         target.mkdir(parents=True, exist_ok=True)
         torch.save(theirs, target / "model.pth.part")
         (target / "model.pth.part").replace(target / "model.pth")
-    return _checked(stored, target, to)
+    return _checked(written, target, to)
+
+
+def _with_convolution(stored: ModelFolder) -> ModelFolder:
+    """The same model with a convolution where patches were cut by hand, which no other library does."""
+    config = stored.model.config
+    if not isinstance(config, ViTConfig) or config.patch_embed != "linear":
+        return stored
+    model = replace(config, patch_embed="conv").build().eval()
+    fit_state(model, stored.model.state_dict(), stored.name)
+    return replace(stored, model=model)
 
 
 def _write(target: Path, files: dict[str, Any], state: dict[str, Tensor]) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 from vitrail.components.position import Grid, TableLayout, refit_table
 from vitrail.models import Encoder
 
+_PATCHES = "patch_embed.proj.weight"
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -27,8 +29,8 @@ class LoadReport:
     matched: tuple[str, ...]
     """Taken as they are, bit by bit."""
     resized: Mapping[str, str]
-    """Positions resampled for another image size, channels summed or repeated, what a video model makes of an
-    image model's: name -> what was done."""
+    """Positions resampled for another image size, channels summed or repeated, patches cut by a convolution
+    or by hand, what a video model makes of an image model's: name -> what was done."""
     fresh: tuple[str, ...]
     """Left as the model had them: the head, where the source has none or one for other classes."""
     ignored: Mapping[str, str]
@@ -100,6 +102,9 @@ def fit_state(
         elif old.ndim == 4 and (old.shape[0], *old.shape[2:]) == (new[0], *new[2:]):
             given[name] = change_channels(old, new[1])
             resized[name] = f"{old.shape[1]} channels made {new[1]}"
+        elif name == _PATCHES and {old.ndim, len(new)} == {2, 4} and old.numel() == new.numel():
+            given[name] = old.reshape(new)  # [D, C, p, p] <-> [D, C * p * p]
+            resized[name] = f"a {'matrix' if len(new) == 2 else 'convolution'}, with the same numbers"
         else:
             unequal.append(name)
     missing = sorted(own.keys() - given.keys() - set(fresh))
