@@ -45,7 +45,7 @@ from vitrail.training import Run, prepare, training_batches
 RECIPE = "cifar10-vit"
 TARGET = 1.5
 WORKERS = 2
-REPETITIONS = 3
+REPETITIONS = 2
 QUICK_IMAGES = 400
 
 

@@ -108,8 +108,31 @@ def test_torch_sdpa_is_what_runs_unwatched(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
     attention = Attention(16, 2)
     x = torch.randn(1, 4, 16)
-    attention(x)
+    with torch.no_grad():
+        plain = attention(x)
+        assert len(calls) == 1
+        with record(attention, "weights"):
+            attention(x)
+        assert len(calls) == 1
+    # On a CPU few tokens go without it where gradients are wanted; more do not.
+    torch.testing.assert_close(attention(x), plain, atol=1e-6, rtol=1e-5)
+    attention(torch.randn(1, 128, 16))
     assert len(calls) == 1
-    with record(attention, "weights"):
-        attention(x)
-    assert len(calls) == 1
+    attention(torch.randn(1, 129, 16))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_few_tokens_have_the_gradients_of_the_fused_kernel(with_bias: bool) -> None:
+    def inputs() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(2, 3, 9, 8)] * 3 + [(1, 3, 9, 9)] * with_bias
+        return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+    ours, theirs = inputs(), inputs()
+    attended = attend(*ours[:3], scores=Tap(), weights=Tap(), bias=ours[3] if with_bias else None)
+    attended.square().sum().backward()
+    fused = F.scaled_dot_product_attention(*theirs[:3], attn_mask=theirs[3] if with_bias else None)
+    fused.square().sum().backward()
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own.grad, other.grad, atol=1e-5, rtol=1e-5)

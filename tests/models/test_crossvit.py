@@ -211,7 +211,7 @@ def test_every_tap_is_used() -> None:
         for name in taps(model):
             with edit(model, {name: lambda values: values.roll(1, -1) * 2}):
                 assert not torch.allclose(model(images), plain, atol=1e-6), name
-    assert torch.equal(model(images), plain)
+        assert torch.equal(model(images), plain)
 
 
 def test_fill_hides_masked_patches_from_both_branches() -> None:

@@ -6,19 +6,23 @@ Papers: Vaswani et al. 2017, "Attention Is All You Need"; Dosovitskiy et al. 202
 "Query-Key Normalization" (here with LayerNorm, as in ViT-22B).
 
 Every attention of the package goes through `attend`. It runs the fused kernel; where somebody watches the
-scores or the weights of a module, that module alone computes them explicitly. There is no global switch, and
-both ways give the same result.
+scores or the weights of a module, that module alone computes them explicitly, and so does a CPU for few
+tokens, because it is faster there. There is no global switch, and both ways give the same result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.components.position import rotate
 from vitrail.components.tap import Tap
+
+_FEW_PAIRS = 128**2
+"""Queries x keys up to which scores written out are faster than the fused kernel, as measured."""
 
 
 def attend(
@@ -45,10 +49,25 @@ def attend(
     Returns:
         [B, H, L, e].
     """
-    if not (scores.watched or weights.watched):
+    if not (scores.watched or weights.watched or _explicit_is_faster(query, key, bias)):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
     shares = weights(scores(attention_scores(query, key, bias)).softmax(dim=-1))
     return F.dropout(shares, dropout) @ value
+
+
+def _explicit_is_faster(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
+    """Whether few tokens on a CPU ask for gradients, or with a bias.
+
+    PyTorch's fused kernel works through one image and head after the other there, and a second thread gains
+    nothing; the backward pass of 17 tokens takes three times as long (RESULTS.md, "What helped"). A graph
+    that is being captured keeps the one operator.
+    """
+    return (
+        query.device.type == "cpu"
+        and query.shape[2] * key.shape[2] <= _FEW_PAIRS
+        and (bias is not None or (torch.is_grad_enabled() and query.requires_grad))
+        and not torch.compiler.is_compiling()
+    )
 
 
 def attention_scores(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
