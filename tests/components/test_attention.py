@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -102,6 +104,15 @@ def test_width_must_be_divisible_by_heads() -> None:
         Attention(10, 3)
 
 
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_two_threads")
 def test_torch_sdpa_is_what_runs_unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     fused = F.scaled_dot_product_attention
@@ -114,14 +125,18 @@ def test_torch_sdpa_is_what_runs_unwatched(monkeypatch: pytest.MonkeyPatch) -> N
         with record(attention, "weights"):
             attention(x)
         assert len(calls) == 1
-    # On a CPU few tokens go without it where gradients are wanted; more do not.
+    # On several threads of a CPU few tokens go without it where gradients are wanted; more do not.
     torch.testing.assert_close(attention(x), plain, atol=1e-6, rtol=1e-5)
     attention(torch.randn(1, 128, 16))
     assert len(calls) == 1
     attention(torch.randn(1, 129, 16))
     assert len(calls) == 2
+    torch.set_num_threads(1)
+    attention(x)
+    assert len(calls) == 3
 
 
+@pytest.mark.usefixtures("_two_threads")
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_few_tokens_have_the_gradients_of_the_fused_kernel(with_bias: bool) -> None:
     def inputs() -> list[torch.Tensor]:

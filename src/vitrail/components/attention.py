@@ -6,8 +6,8 @@ Papers: Vaswani et al. 2017, "Attention Is All You Need"; Dosovitskiy et al. 202
 "Query-Key Normalization" (here with LayerNorm, as in ViT-22B).
 
 Every attention of the package goes through `attend`. It runs the fused kernel; where somebody watches the
-scores or the weights of a module, that module alone computes them explicitly, and so does a CPU for few
-tokens, because it is faster there. There is no global switch, and both ways give the same result.
+scores or the weights of a module, that module alone computes them explicitly, and so do several threads of a
+CPU for few tokens, because it is faster there. There is no global switch, and both ways give the same result.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ def attend(
 
 
 def _explicit_is_faster(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
-    """Whether few tokens on a CPU ask for gradients, or with a bias.
+    """Whether few tokens on a CPU with several threads ask for gradients, or with a bias.
 
-    PyTorch's fused kernel works through one image and head after the other there, and a second thread gains
-    nothing; the backward pass of 17 tokens takes three times as long (RESULTS.md, "What helped"). A graph
-    that is being captured keeps the one operator.
+    More threads gain PyTorch's fused kernel little there; with one thread it is the faster (RESULTS.md, "What
+    helped"). A graph that is being captured keeps the one operator.
     """
     return (
-        query.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and query.device.type == "cpu"
         and query.shape[2] * key.shape[2] <= _FEW_PAIRS
         and (bias is not None or (torch.is_grad_enabled() and query.requires_grad))
-        and not torch.compiler.is_compiling()
+        and torch.get_num_threads() > 1
     )
 
 
