@@ -290,7 +290,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     second = folder / "out" / "scratch" / "seed0"
     with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # Tests may have been started with Ctrl-C ignored, as what runs in the background is.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as run:
         for _ in range(1200):
             if (second / "config.yaml").is_file():

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,24 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on(
         with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 10, saved"):
             train(_config({}), tmp_path / "run", command="")
     assert signal.getsignal(signal.SIGINT) is before
+    train(_config({"train.resume": True}), tmp_path / "run", command="")
+    assert _losses(tmp_path / "run") == _losses(plain)
+
+
+def test_ctrl_c_while_the_last_step_is_saved_is_not_lost(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = training_loop.save_checkpoint
+
+    def interrupted(folder: Path, state: Any) -> None:
+        if state.step == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        save(folder, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop, "save_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 10 of 10, saved"):
+            train(_config({}), tmp_path / "run", command="")
     train(_config({"train.resume": True}), tmp_path / "run", command="")
     assert _losses(tmp_path / "run") == _losses(plain)
 

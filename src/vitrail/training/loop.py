@@ -230,6 +230,8 @@ def fit(
             if stopping:
                 log.say(f"no better validation in {patience} evaluations: stopped after step {done}")
                 break
+        if any_process(interruption.asked, accelerator.device):  # while the last step was being saved
+            raise KeyboardInterrupt(f"stopped after step {state.step} of {plan.total}, saved")
     state.seconds = time.perf_counter() - began
 
 
