@@ -43,7 +43,7 @@ def measure(
     """
     import torch
 
-    from vitrail.bench.memory import PeakMemory
+    from vitrail.bench.memory import PeakMemory, highest
     from vitrail.models import build_model
     from vitrail.tasks import build_task
 
@@ -68,7 +68,7 @@ def measure(
         optimizer.zero_grad()
     return {
         "peak_mib": peak.grown(),
-        "process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "process_mib": highest(),
         "step_s": time.perf_counter() - began,
         "loss": total,
     }

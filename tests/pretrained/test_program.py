@@ -20,6 +20,8 @@ from vitrail.models import build_model
 from vitrail.pretrained import ModelFolder, load_program, save_program, trust_program
 from vitrail.shipping import write_export
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CLASSES = ["cat", "cow", "dog"]
 PREPARED: dict[str, Any] = {
     "img_size": [8, 10],
@@ -53,13 +55,6 @@ class MakesTensors(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(images.mean(dim=(1, 2)) + torch.arange(10, device=images.device))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VITRAIL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from vitrail.models import VARIANTS, build_model
 from vitrail.pretrained import ModelFolder, save_model
 from vitrail.serving import Predictor
 from vitrail.shipping import write_export
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_cifar", {"embed_dim": 16, "num_heads": 2}),
@@ -84,14 +85,6 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "video_vit": ("video_vit_28", {"embed_dim": 16, "num_heads": 2}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The key of the seals is made here and not in the user's home."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VITRAIL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def stored_model(architecture: str, **changes: Any) -> ModelFolder:

@@ -15,6 +15,8 @@ from vitrail.pretrained.compiled import CompiledModel, load_compiled
 from vitrail.serving import Predictor
 from vitrail.shipping.optimize import Candidate, Optimized, choose, optimize
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TINY = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 1, "num_heads": 2}
 PREPARED = Preprocessing(img_size=(16, 16), in_chans=1, mean=(0.5,), std=(0.5,))
 
@@ -39,13 +41,6 @@ def source(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     write(folder, model)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VITRAIL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module", params=["float32", "int8"])

@@ -22,6 +22,8 @@ from vitrail.training import loop as training_loop
 from vitrail.training import prepare, train, training_batches
 from vitrail.training.checkpoint import TrainingState
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CLASSES = [str(number) for number in range(10)]
 PREPARED: dict[str, Any] = {
     "img_size": [16, 12],
@@ -48,14 +50,6 @@ def cnn(channels: int = 3) -> nn.Module:
         nn.Conv2d(channels, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10),
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A key of its own, and no decoded images from elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VITRAIL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ class PeakMemory:
         """MiB at the peak so far beyond what there was at the beginning."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**20 - self._before
-        return max(0.0, _highest() - self._before)
+        return max(0.0, highest() - self._before)
 
 
 def peak_growth(act: Callable[[], object], times: int) -> float:
@@ -70,8 +70,8 @@ def printed_by(*words: str) -> str:
     return done.stdout.strip()
 
 
-def _highest() -> float:
-    """MiB that this process had at its peak."""
+def highest() -> float:
+    """MiB that this process had at its peak, since a `PeakMemory` was made if one was."""
     if _STATUS.is_file():
         return _status("VmHWM")
     units = 2**20 if sys.platform == "darwin" else 2**10  # getrusage counts bytes there, KiB elsewhere
@@ -82,7 +82,7 @@ def _forget_peak() -> float:
     """Let the peak begin at what is used now, where the system can; MiB at which it begins."""
     if os.access(_FORGET, os.W_OK):
         _FORGET.write_text("5")  # proc(5): resets the peak of the resident set
-    return _highest()
+    return highest()
 
 
 def _status(name: str) -> float:
