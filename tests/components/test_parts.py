@@ -79,6 +79,25 @@ def test_manual_patching_equals_the_convolution() -> None:
         (a, grid), (b, other_grid) = conv(images), linear(images)
         assert grid == other_grid == patch_grid(*size, 16)
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        strided = conv.proj(conv.pad(images)).flatten(2).transpose(1, 2)  # [2, N, 768]
+        torch.testing.assert_close(a, strided, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("patch", "chans"), [(4, 3), (7, 1), (16, 3)])
+def test_the_convolution_has_its_gradients_however_it_is_computed(patch: int, chans: int) -> None:
+    torch.manual_seed(0)
+    conv = ConvPatchEmbedding(patch, chans, 24)
+    images = torch.randn(3, chans, 2 * patch + 3, 3 * patch, requires_grad=True)
+    ours, _ = conv(images)
+    strided = conv.proj(conv.pad(images)).flatten(2).transpose(1, 2)  # [3, N, 24]
+    wanted = [images, *conv.parameters()]
+    cotangent = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, wanted, cotangent),
+        torch.autograd.grad(strided, wanted, cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)

@@ -25,11 +25,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from vitrail.datasets.transforms import convert, open_header, open_upright, upright_size
+from vitrail.datasets.transforms import convert, open_header, open_upright, to_srgb_transform, upright_size
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a part of a picture, in pixels; right and bottom lie just outside."""
@@ -75,14 +75,15 @@ def decode_resized(
         box, size = crop(height, width), img_size
     scale = _reduce(picture, box, size, in_chans) if isinstance(picture, JpegImageFile) else 1
     picture = open_upright(picture, name)
-    profile = picture.info.get("icc_profile")
     if picture.mode not in ("L", "RGB") or "transparency" in picture.info:
-        picture, profile = convert(picture, in_chans, name), None
+        picture, to_srgb = convert(picture, in_chans, name), None
+    else:
+        to_srgb = to_srgb_transform(picture) if picture.mode == "RGB" else None
     pixels = torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1)  # [H, W, C]
     part = _resize(pixels, [side / scale for side in box], size)
     top, left = (round((have - want) / 2) for have, want in zip(size, img_size, strict=True))
     part = part[top : top + img_size[0], left : left + img_size[1]]
-    return _convert_pixels(part, profile, in_chans, name).permute(2, 0, 1)
+    return _convert_pixels(part, to_srgb, in_chans).permute(2, 0, 1)
 
 
 def random_crop(height: int, width: int, smallest: float, generator: np.random.Generator) -> Box:
@@ -159,12 +160,11 @@ def _resize(pixels: Tensor, box: Sequence[float], size: tuple[int, int]) -> Tens
     return resized[0].permute(1, 2, 0)
 
 
-def _convert_pixels(pixels: Tensor, profile: bytes | None, in_chans: int, name: str) -> Tensor:
-    """Grey or RGB pixels [h, w, C] with a colour profile -> [h, w, in_chans]."""
-    if pixels.shape[2] == in_chans and profile is None:
-        return pixels
-    picture = Image.fromarray(pixels.squeeze(2).numpy())
-    if profile is not None:
-        picture.info["icc_profile"] = profile
-    converted = convert(picture, in_chans, name)
-    return torch.from_numpy(np.array(converted)).view(*pixels.shape[:2], in_chans)
+def _convert_pixels(part: Tensor, to_srgb: ImageCms.ImageCmsTransform | None, in_chans: int) -> Tensor:
+    """Grey or RGB pixels [h, w, C] -> [h, w, in_chans], their colours turned into sRGB first."""
+    if part.shape[2] == in_chans and to_srgb is None:
+        return part
+    picture = Image.fromarray(part.squeeze(2).contiguous().numpy())
+    picture = picture if to_srgb is None else to_srgb.apply(picture)
+    converted = picture.convert("L" if in_chans == 1 else "RGB")
+    return torch.from_numpy(np.array(converted)).view(*part.shape[:2], in_chans)

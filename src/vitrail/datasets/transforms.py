@@ -463,11 +463,20 @@ def _to_srgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "LAB":
         lab = ImageCms.createProfile("LAB")
         return ImageCms.buildTransform(lab, ImageCms.createProfile("sRGB"), "LAB", "RGB").apply(picture)
-    profile = picture.info.get("icc_profile")
-    transform = _transform(profile, picture.mode, goal) if profile else None
+    transform = to_srgb_transform(picture)
     if transform is not None:
         return transform.apply(picture)
     return picture if picture.mode == goal else picture.convert(goal)
+
+
+def to_srgb_transform(picture: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """What turns the colours of an RGB, RGBA or CMYK picture into sRGB (RGBA from RGBA).
+
+    None where the picture has no colour profile, has that of sRGB, or one that is damaged or not of its mode.
+    """
+    profile = picture.info.get("icc_profile")
+    goal = "RGBA" if picture.mode == "RGBA" else "RGB"
+    return _transform(profile, picture.mode, goal) if profile else None
 
 
 @lru_cache(maxsize=64)
