@@ -2,10 +2,11 @@
 
     B batch, C channels, p patch size, D width, N = rows * columns patches in row-major order
 
-`linear` cuts the image by hand and multiplies (Dosovitskiy et al. 2021, equation 1); `conv` is the same with the
-weight of one strided convolution; `overlap` lets each patch see its neighbours (Wang et al. 2022, PVT v2);
-`stem` is a small convolutional network (Hassani et al. 2021, the tokeniser of compact transformers, with the
-batch normalisation of Xiao et al. 2021, "Early Convolutions Help Transformers See Better").
+`linear` cuts the image by hand and multiplies (Dosovitskiy et al. 2021, equation 1); `conv` is the same
+with the weight of one strided convolution; `overlap` lets each patch see its neighbours (Wang et al. 2022,
+PVT v2); `stem` is a small convolutional network (Hassani et al. 2021, the tokeniser of compact
+transformers, with the batch normalisation of Xiao et al. 2021, "Early Convolutions Help Transformers See
+Better").
 
 All pad the right and lower edge with zeros to a whole number of patches, so every image size works.
 """
@@ -43,7 +44,7 @@ def _product_is_faster(images: Tensor, patch_size: int) -> bool:
     """Whether to compute a strided convolution by `cut` and a matrix product.
 
     On a CPU that is as fast forwards and up to four times as fast backwards (RESULTS.md, "What helped"),
-    unless patches are so small that cutting costs more. A graph that is being captured keeps the one operator.
+    unless patches are so small that cutting costs more. A graph that is being captured keeps one operator.
     """
     return not torch.compiler.is_compiling() and images.device.type == "cpu" and patch_size >= _LARGE_PATCH
 
