@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
@@ -110,6 +111,14 @@ class TestDecode:
         picture = photo(50, 70)
         exact = decode_image(picture, "x", 3, (20, 20))
         assert difference(decode_resized(picture, "x", (20, 20), 3), exact) <= 0.1
+
+    @pytest.mark.parametrize("mode", ["L", "RGB"])
+    def test_a_picture_whose_rows_pillow_keeps_apart(self, mode) -> None:
+        picture = photo(2100, 9000).convert(mode)  # more than 16 MiB
+        with pytest.raises(ValueError, match="contiguous"):
+            pyarrow.array(picture)
+        exact = decode_image(picture, "x", 3, (21, 90))
+        assert difference(decode_resized(picture, "x", (21, 90), 3), exact) <= 0.1
 
     def test_real_photographs(self, real_data) -> None:
         files = sorted((real_data / "imagenet-sample").glob("*.JPEG"))[::8]
