@@ -10,7 +10,7 @@ from typing import Any, Literal
 from vitrail.config import RunConfig, load_config
 from vitrail.studies.intervals import Estimate, share
 from vitrail.training import train
-from vitrail.training.run import JUDGED
+from vitrail.training.judge import JUDGED
 
 Score = Literal["accuracy", "knn_accuracy"]
 """What a run is judged by: a classifier's right answers, or those of the neighbours of its features."""

@@ -1,6 +1,7 @@
 """From a config to a trained, tested, saved model."""
 
-from vitrail.training.run import Result, evaluate_and_write, train
+from vitrail.training.judge import evaluate_and_write
+from vitrail.training.run import Result, train
 from vitrail.training.setup import Estimate, Run, architecture, estimate, prepare, training_batches
 
 __all__ = [

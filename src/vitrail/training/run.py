@@ -26,17 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.nn import functional as F
 
 from vitrail.config import RunConfig
 from vitrail.datasets import Images, Preprocessing, Splits, side_by_side
 from vitrail.evaluation.cost import count_parameters
-from vitrail.evaluation.inference import predict_logits
-from vitrail.evaluation.metrics import ClassificationMetrics, classification_metrics, write_evaluation
-from vitrail.evaluation.representation import RepresentationMetrics, representation_metrics
-from vitrail.explain.health import attention_collapse
+from vitrail.evaluation.metrics import ClassificationMetrics
 from vitrail.files import write_whole
 from vitrail.models import Encoder
 from vitrail.pretrained import save_model
@@ -45,6 +40,7 @@ from vitrail.tasks import Reconstructs
 from vitrail.training.average import MovingAverage
 from vitrail.training.checkpoint import TrainingState, restore_checkpoint
 from vitrail.training.diagnose import first_nonfinite
+from vitrail.training.judge import Judge, Metrics
 from vitrail.training.log import records_until
 from vitrail.training.loop import NotFiniteError, fit, is_over
 from vitrail.training.manifest import manifest
@@ -54,16 +50,8 @@ from vitrail.training.setup import Run, prepare, training_batches
 from vitrail.training.sharding import shard_model, unsharded_state
 from vitrail.training.watch import Watch
 
-JUDGED = 5000
-"""Images at most by which features without a classifier are judged."""
-WATCHED = 16
-"""Validation images on which the attention is watched."""
 _SMALL_INPUT = 100
 """Height and width in pixels below which a model is one for small pictures."""
-
-
-Metrics = ClassificationMetrics | RepresentationMetrics
-"""What a classifier is worth, or features without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +90,6 @@ def train(config: RunConfig, folder: Path, *, command: str, splits: Splits | Non
 
 def _train(run: Run, folder: Path, command: str) -> Result:
     config, section, splits = run.config, run.config.train, run.splits
-    device = run.accelerator.device
     cpu_began = time.process_time()
     average = MovingAverage(run.task.trained(), section.ema) if section.ema else None
     sharded = section.parallel == "fsdp" and world() > 1
@@ -132,23 +119,7 @@ def _train(run: Run, folder: Path, command: str) -> Result:
             print(f"{what}: {', '.join(others)}", file=sys.stderr)
 
     run.task.begin(run.plan.total)
-
-    def answers(model: nn.Module, images: Images) -> Tensor:
-        """Logits, or what a head would receive where there is none."""
-        return predict_logits(
-            model, images, run.preprocessing, batch_size=section.eval_batch_size, device=device
-        )
-
-    def test(model: nn.Module) -> tuple[Tensor | None, Metrics | None]:
-        images = splits.test
-        if run.task.classifies:
-            logits = answers(model, images)
-            return logits, _measure(logits, images)
-        judged = images.subset(np.arange(min(len(images), JUDGED)))
-        if len(judged) < 2:
-            return None, None
-        return None, representation_metrics(answers(model, judged), judged.labels)
-
+    judge = Judge(run)
     if finished:
         model = _finished_model(state, sharded)
         return Result(
@@ -156,7 +127,7 @@ def _train(run: Run, folder: Path, command: str) -> Result:
             model=model,
             preprocessing=run.preprocessing,
             test=splits.test,
-            metrics=test(state.model())[1],
+            metrics=judge.test(state.model()),
             already_finished=True,
         )
     if is_main():
@@ -172,32 +143,6 @@ def _train(run: Run, folder: Path, command: str) -> Result:
     )
     for record in records_until(folder / "metrics.jsonl", state.step) if state.step else ():
         watch.observe(record)  # what was said before the run was interrupted is not said again
-    if splits.val is not None:
-        watched = run.preprocessing.prepare(
-            splits.val.pixels(np.arange(min(len(splits.val), WATCHED))).to(device)
-        )
-
-    def evaluate(model: nn.Module) -> dict[str, Any]:
-        assert splits.val is not None
-        assert isinstance(model, Encoder)
-        collapse = attention_collapse(model, watched)
-        if not run.task.classifies:
-            judged = splits.val.subset(np.arange(min(len(splits.val), JUDGED)))
-            found = representation_metrics(answers(model, judged), judged.labels)
-            return {
-                "knn_accuracy": found.knn_accuracy,
-                "feature_std": found.feature_std,
-                "effective_rank": found.effective_rank,
-                "collapse": collapse,
-            }
-        logits = answers(model, splits.val)
-        labels = torch.from_numpy(splits.val.labels)
-        return {
-            "loss": float(F.cross_entropy(logits, labels)),
-            "accuracy": float((logits.argmax(dim=1) == labels).float().mean()),
-            "collapse": collapse,
-        }
-
     try:
         fit(
             state,
@@ -210,12 +155,12 @@ def _train(run: Run, folder: Path, command: str) -> Result:
             clip_norm=config.optim.clip_norm,
             metrics=folder / "metrics.jsonl",
             seed=section.seed,
-            evaluate=evaluate if splits.val is not None else None,
+            evaluate=None if splits.val is None else judge.validate,
             checkpoints=folder / "checkpoints",
             micro_batch=None if section.micro_batch == "auto" else section.micro_batch,
             split_on_out_of_memory=section.micro_batch == "auto",
             patience=section.patience,
-            score="accuracy" if run.task.classifies else "knn_accuracy",
+            score=judge.score,
             sharded=sharded,
             compile=section.compile,
             watch=watch.observe,
@@ -238,25 +183,15 @@ def _train(run: Run, folder: Path, command: str) -> Result:
             preprocessing=run.preprocessing.to_dict(),
         )
     # A sharded model needs every process; the finished copy is whole.
-    logits, metrics = test(state.model())
+    metrics = judge.test(state.model(), folder if is_main() else None)
     if is_main():
-        measured: dict[str, float] = {}
-        if isinstance(metrics, ClassificationMetrics):
-            assert logits is not None
-            _write_evaluation(folder, logits, splits.test, metrics)
-            measured["test_accuracy"] = metrics.accuracy
-        elif metrics is not None:
-            (folder / "evaluation").mkdir(exist_ok=True)
-            name = f"{splits.test.name}-{splits.test.split}-features.json"
-            write_whole(folder / "evaluation" / name, json.dumps(metrics.to_dict(), indent=2) + "\n")
-            measured["knn_accuracy"] = metrics.knn_accuracy
         if isinstance(run.task, Reconstructs):
             write_whole(folder / "reconstructed.npy", _reconstructed_examples(run))
         content = manifest(
             run,
             state,
             model,
-            measured=measured,
+            measured=_measured(metrics),
             command=command,
             cpu_seconds=time.process_time() - cpu_began,
             resumed_at=resumed_at,
@@ -293,6 +228,15 @@ def _about(run: Run, folder: Path) -> list[str]:
             "or --model.img_size"
         )
     return lines
+
+
+def _measured(metrics: Metrics | None) -> dict[str, float]:
+    """The number that the manifest states."""
+    if metrics is None:
+        return {}
+    if isinstance(metrics, ClassificationMetrics):
+        return {"test_accuracy": metrics.accuracy}
+    return {"knn_accuracy": metrics.knn_accuracy}
 
 
 def _finished_at(folder: Path) -> int | None:
@@ -362,33 +306,3 @@ def _reconstructed_examples(run: Run, most: int = 8) -> bytes:
     content = io.BytesIO()
     np.save(content, torch.stack(seen).cpu().numpy())
     return content.getvalue()
-
-
-def evaluate_and_write(
-    folder: Path,
-    model: nn.Module,
-    preprocessing: Preprocessing,
-    images: Images,
-    *,
-    batch_size: int,
-    device: torch.device,
-) -> ClassificationMetrics:
-    """Test a classifier on an image set and keep the numbers in `folder/evaluation/`."""
-    logits = predict_logits(model, images, preprocessing, batch_size=batch_size, device=device)
-    metrics = _measure(logits, images)
-    _write_evaluation(folder, logits, images, metrics)
-    return metrics
-
-
-def _measure(logits: Tensor, images: Images) -> ClassificationMetrics:
-    return classification_metrics(logits.softmax(dim=1).numpy(), images.labels, images.classes)
-
-
-def _write_evaluation(folder: Path, logits: Tensor, images: Images, metrics: ClassificationMetrics) -> None:
-    write_evaluation(
-        folder / "evaluation",
-        f"{images.name}-{images.split}",
-        metrics,
-        logits.softmax(dim=1).numpy(),
-        images.labels,
-    )
