@@ -46,8 +46,8 @@ STEM = {"patch_size": 8, "patch_embed": "stem", "depth": 3, "embed_dim": 96, "nu
 class Subject:
     """A model, what is changed about it, and for how many steps it learns.
 
-    With plain patches a model needs three times as many as with a convolutional stem or overlapping patches:
-    there a digit looks different at each of the places that it may have within its patches.
+    With plain patches a model needs two or three times as many as with a convolutional stem or overlapping
+    patches: there a digit looks different at each of the places that it may have within its patches.
     """
 
     architecture: str
@@ -62,7 +62,7 @@ MODELS = {
     "cait": Subject("cait_cifar", {"patch_size": 7, "depth": 4}, steps=2700),
     "crossvit": Subject("crossvit_cifar", {"patch_size": (7, 14), "depth": 2}, steps=2700),
     "cct": Subject("cct_2_3x2_32", {"num_convs": 3}),
-    "swin": Subject("swin_cifar", {"patch_size": 4, "window_size": 7}, steps=2700),
+    "swin": Subject("swin_cifar", {"patch_size": 4, "window_size": 7}, steps=1800),
     "pvt_v2": Subject("pvt_v2_cifar", {"patch_size": 4}),
 }
 
