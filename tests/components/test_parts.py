@@ -121,6 +121,24 @@ def test_every_embedding_takes_every_size(height: int, width: int, patch: int, c
         assert tokens.shape == (2, grid[0] * grid[1], 16)
 
 
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_an_empty_batch_stays_empty(kind: str) -> None:
+    tokens, grid = PATCH_EMBEDDINGS[kind](8, 3, 16)(torch.zeros(0, 3, 24, 16))
+    assert tokens.shape == (0, 6, 16)
+    assert grid == (3, 2)
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_an_exported_embedding_takes_any_batch(kind: str) -> None:
+    embedding = PATCH_EMBEDDINGS[kind](8, 3, 16).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(
+        embedding, (torch.randn(2, 3, 24, 16),), dynamic_shapes={"images": {0: batch}}
+    ).module()
+    images = torch.randn(5, 3, 24, 16)
+    torch.testing.assert_close(exported(images)[0], embedding(images)[0], atol=1e-5, rtol=0)
+
+
 def test_overlapping_patches_see_their_neighbours_only() -> None:
     embedding = OverlapPatchEmbedding(4, 1, 8)
     images = torch.zeros(1, 1, 16, 16, requires_grad=True)

@@ -34,9 +34,9 @@ def patch_grid(height: int, width: int, patch_size: int) -> Grid:
 
 def cut(images: Tensor, patch_size: int) -> Tensor:
     """Images of whole patches [B, C, H, W] -> their patches [B, rows, columns, C * p * p]."""
+    B, C, height, width = images.shape
     p = patch_size
-    rows, columns = images.shape[-2] // p, images.shape[-1] // p
-    patches = images.reshape(len(images), -1, rows, p, columns, p)
+    patches = images.reshape(B, C, height // p, p, width // p, p)
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 

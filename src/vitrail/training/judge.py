@@ -52,8 +52,7 @@ class Judge:
         assert isinstance(model, Encoder)
         collapse = attention_collapse(model, self._watched)
         if not self._run.task.classifies:
-            judged = images.subset(np.arange(min(len(images), JUDGED)))
-            found = representation_metrics(self._answers(model, judged), judged.labels)
+            found = self._features(model, images)
             return {
                 "knn_accuracy": found.knn_accuracy,
                 "feature_std": found.feature_std,
@@ -73,10 +72,9 @@ class Judge:
         images = self._run.splits.test
         if self._run.task.classifies:
             return _classified(self._answers(model, images), images, folder)
-        judged = images.subset(np.arange(min(len(images), JUDGED)))
-        if len(judged) < 2:
+        if len(images) < 2:
             return None
-        found = representation_metrics(self._answers(model, judged), judged.labels)
+        found = self._features(model, images)
         if folder is not None:
             (folder / "evaluation").mkdir(exist_ok=True)
             path = folder / "evaluation" / f"{images.name}-{images.split}-features.json"
@@ -90,6 +88,11 @@ class Judge:
         assert images is not None
         pixels = images.pixels(np.arange(min(len(images), WATCHED)))
         return run.preprocessing.prepare(pixels.to(run.accelerator.device))
+
+    def _features(self, model: nn.Module, images: Images) -> RepresentationMetrics:
+        """What features tell of the first images."""
+        judged = images.subset(np.arange(min(len(images), JUDGED)))
+        return representation_metrics(self._answers(model, judged), judged.labels)
 
     def _answers(self, model: nn.Module, images: Images) -> Tensor:
         """Logits, or what a head would receive where there is none."""
