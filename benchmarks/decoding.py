@@ -19,8 +19,9 @@ And the ways to do them:
 - torchvision_v2: as torchvision, but transforms.v2 on uint8 tensors, which resizes with the vector
   instructions that Vitrail uses.
 
-Fairness: one process, every way with two persistent workers of one thread each, the same files in the same
-order, started before the clock; the files are in the page cache. Passes are taken in turn, and the order is
+Fairness: one process of one thread (a second would only wait beside the workers), every way with two
+persistent workers of one thread each, the same files in the same order, started before the clock; the files
+are in the page cache. Passes are taken in turn, and the order is
 reversed from one repetition to the next. Ratios are of medians, and the median of ratios within a repetition.
 `difference` is the mean absolute difference between the pixels of vitrail and of torchvision, of 255, over
 the 200 images. `--quick` is a smoke test: 16 images, two repetitions.
@@ -178,6 +179,7 @@ def measure(quick: bool) -> dict[str, Any]:
     Raises:
         ValueError: The photographs are not there.
     """
+    torch.set_num_threads(1)
     described = machine("torchvision", "pillow")
     root = os.environ.get("VITRAIL_DATA")
     files = sorted((Path(root) / "imagenet-sample").glob("*.JPEG")) if root else []
