@@ -25,6 +25,13 @@ from vitrail.shipping import write_export
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
+TINY_PVT: dict[str, Any] = {
+    "embed_dims": (8, 16),
+    "depths": (1, 1),
+    "num_heads": (1, 2),
+    "mlp_ratios": (2, 2),
+    "sr_ratios": (2, 1),
+}
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_cifar", {"embed_dim": 16, "num_heads": 2}),
     "vit_relative": ("vit_cifar", {"embed_dim": 16, "num_heads": 2, "position": "relative"}),
@@ -52,37 +59,9 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     # 12 cells a side in windows of 5: shifted, padded and masked, before a merging.
     "swin": ("swin_cifar", {"depths": (2, 1), "embed_dim": 8, "img_size": 24, "window_size": 5}),
     "swin_v2": ("swinv2_cifar", {"depths": (2, 1), "embed_dim": 8, "img_size": 24, "window_size": 5}),
-    "pvt": (
-        "pvt_cifar",
-        {
-            "embed_dims": (8, 16),
-            "depths": (1, 1),
-            "num_heads": (1, 2),
-            "mlp_ratios": (2, 2),
-            "sr_ratios": (2, 1),
-        },
-    ),
-    "pvt_v2": (
-        "pvt_v2_cifar",
-        {
-            "embed_dims": (8, 16),
-            "depths": (1, 1),
-            "num_heads": (1, 2),
-            "mlp_ratios": (2, 2),
-            "sr_ratios": (2, 1),
-        },
-    ),
-    "pvt_v2_li": (
-        "pvt_v2_cifar",
-        {
-            "embed_dims": (8, 16),
-            "depths": (1, 1),
-            "num_heads": (1, 2),
-            "mlp_ratios": (2, 2),
-            "sr_ratios": (2, 1),
-            "linear": True,
-        },
-    ),
+    "pvt": ("pvt_cifar", TINY_PVT),
+    "pvt_v2": ("pvt_v2_cifar", TINY_PVT),
+    "pvt_v2_li": ("pvt_v2_cifar", TINY_PVT | {"linear": True}),
     "video_vit": ("video_vit_28", {"embed_dim": 16, "num_heads": 2}),
 }
 

@@ -47,9 +47,8 @@ def source(tmp_path_factory, digits):
 def optimized(request, tmp_path_factory, source, digits):
     if request.param == "int8":
         pytest.importorskip("torchao")
-    return optimize(
-        source, tmp_path_factory.mktemp("out") / "fast", precision=request.param, data=digits, batch=4
-    )
+    output = tmp_path_factory.mktemp("out") / "fast"
+    return optimize(load_model(source), output, precision=request.param, data=digits, batch=4)
 
 
 def write(folder, model):
@@ -182,7 +181,7 @@ def test_eager_stays_where_nothing_is_faster():
 def test_what_cannot_end_well_is_refused_at_once(source, digits, tmp_path):
     def refused(model=source, output=tmp_path / "out", **options):
         with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared by the caller)
-            optimize(model, output, **options)
+            optimize(load_model(model), output, **options)
         assert not (tmp_path / "out").exists()
         return str(error.value)
 

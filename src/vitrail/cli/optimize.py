@@ -43,12 +43,13 @@ def run(options: argparse.Namespace) -> None:
     from vitrail.pretrained.hub import from_pretrained
     from vitrail.shipping.optimize import optimize
 
+    stored = from_pretrained(options.model)
     data = None
     if options.calibrate is not None:
         wanted = DataSection(name=options.calibrate, root=options.root)
-        data = load_splits(wanted, from_pretrained(options.model).preprocessing)
+        data = load_splits(wanted, stored.preprocessing)
     found = optimize(
-        options.model,
+        stored,
         options.output,
         precision=options.precision,
         data=data,

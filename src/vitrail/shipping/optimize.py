@@ -38,7 +38,6 @@ from vitrail.pretrained.compiled import (
     load_package,
     write_record,
 )
-from vitrail.pretrained.hub import from_pretrained
 from vitrail.shipping.ahead import check_compiler, compile_ahead
 from vitrail.shipping.int8 import quantise, why_no_int8
 
@@ -110,7 +109,7 @@ class Optimized:
 
 
 def optimize(
-    source: str | Path,
+    stored: ModelFolder,
     output: str | Path,
     *,
     precision: Precision = "auto",
@@ -121,7 +120,7 @@ def optimize(
     """Write a model folder that runs as fast as this machine's CPU can run the model.
 
     Args:
-        source: As `from_pretrained` takes it.
+        stored: What `vitrail.pretrained.load_model` gives.
         output: A new or empty folder, or one that an earlier call wrote, which is replaced.
         precision: auto measures what this CPU is made for and takes the fastest; fp16 is answered with bf16,
             because CPUs have no arithmetic for it.
@@ -135,7 +134,7 @@ def optimize(
         ValueError: A model that has no head or takes clips, a precision that cannot be had here or without
             data, an answer that changes too often, or an output folder with something else in it; one line.
     """
-    output, stored = Path(output), from_pretrained(source)
+    output = Path(output)
     _check(stored, output, precision=precision, data=data, batch=batch, agreement=agreement)
     wanted, notes = _wanted(precision, data)
     prepared = Preprocessing.from_dict(stored.preprocessing)
