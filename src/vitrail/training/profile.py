@@ -25,6 +25,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vitrail.config import RunConfig
+from vitrail.evaluation.timing import waiting
 from vitrail.tasks import Batch
 from vitrail.training.average import MovingAverage
 from vitrail.training.checkpoint import TrainingState
@@ -203,15 +204,15 @@ class _Stopwatch:
     """Time since the last mark, added up by part and step."""
 
     def __init__(self, device: torch.device) -> None:
-        self._synchronise = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type)
+        self._wait = waiting(device)
         self.steps: list[dict[str, float]] = []
         self._step = dict.fromkeys(PARTS, 0.0)
         self._last = time.perf_counter()
 
     def mark(self, part: str) -> None:
         """Everything since the last mark was this part."""
-        if self._synchronise is not None:
-            self._synchronise()
+        if self._wait is not None:
+            self._wait()
         now = time.perf_counter()
         self._step[part] += now - self._last
         self._last = now
