@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitrail.explain.methods import METHODS
 from vitrail.models import VARIANTS, build_model
 from vitrail.models.encoder import Encoder
 from vitrail.tasks import TASKS, build_task
@@ -43,6 +44,9 @@ SWITCHES: list[dict[str, Any]] = [
 ]
 # InfoNCE and its relatives switch autocast off for their logits, which the meta device does not have.
 AUTOCAST = {"classify_infonce", "infonce", "mae_infonce", "supcon"}
+
+# The others ask a value on their way ("is any patch hidden?"), and the meta device has none.
+MAPS = ("rollout", "gradient-rollout", "relevance", "gradient-x-input", "occlusion")
 
 
 def images_for(model: Encoder, *axes: int, more: int = 0) -> Tensor:
@@ -99,3 +103,11 @@ def test_tasks(name: str) -> None:
     result["loss"].backward()
     task.after_step()
     assert {value.device.type for value in result.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("variant", [name for kind, name in SMALL.items() if kind != "video_vit"])
+def test_maps(variant: str) -> None:
+    model = build_model(variant).eval().to("meta")
+    images = images_for(model, 2)
+    for name in MAPS:
+        assert METHODS[name].run(model, images, 3).device.type == "meta"

@@ -48,16 +48,16 @@ def scores_of(model: Encoder, logits: Tensor, target: Target) -> tuple[Tensor, T
     if target is None:
         classes = logits.detach().argmax(dim=1)
     else:
-        classes = torch.as_tensor(target, device=logits.device)
+        classes = torch.as_tensor(target)  # a number is looked at where it is, and no device waited for
         if classes.is_floating_point() or classes.dtype == torch.bool or classes.shape not in ((), (B,)):
             raise ValueError(
                 f"target: expected one class, or one for each of {B} images, got {classes.dtype} of shape "
                 f"{list(classes.shape)}"
             )
-        classes = classes.long().expand(B)
-        for number in classes.tolist():
+        for number in classes.flatten().tolist():
             if not 0 <= number < K:
                 raise ValueError(f"no class {number}: the model has {K}, expected 0 to {K - 1}")
+        classes = classes.long().to(logits.device).expand(B)
     return logits.gather(1, classes[:, None])[:, 0], classes
 
 
