@@ -114,7 +114,7 @@ class TestDecode:
 
     @pytest.mark.parametrize("mode", ["L", "RGB"])
     def test_a_picture_whose_rows_pillow_keeps_apart(self, mode) -> None:
-        picture = photo(2100, 9000).convert(mode)  # more than 16 MiB
+        picture = photo(210, 900).convert(mode).resize((9000, 2100))  # more than 16 MiB
         with pytest.raises(ValueError, match="contiguous"):
             pyarrow.array(picture)
         exact = decode_image(picture, "x", 3, (21, 90))
