@@ -58,9 +58,9 @@ def images_for(model: Encoder, *axes: int, more: int = 0) -> Tensor:
 
 def check_passes(model: Encoder) -> None:
     """Training and evaluating passes at the model's size and, resampled, at another."""
-    model.train().to("meta")
+    model.to("meta")
     for more in (0, 4):
-        logits = model(images_for(model, 2, more=more))
+        logits = model.train()(images_for(model, 2, more=more))
         assert logits.device.type == "meta"
         logits.sum().backward()
         with torch.no_grad():
