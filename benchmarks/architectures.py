@@ -11,11 +11,11 @@ of Swin-T and in both for CaiT and PVT v2. What misses one is marked.
 
 Fairness: one process, the same threads, images and labels; the peer holds our weights, converted, and its
 logits in train mode differ from ours by less than 1e-4, or nothing is timed (so no drop rate is left, and it
-is the same work); every library with the attention that it chooses by itself. Repetitions take turns, one of
-each contestant (and in training one product of two float32 matrices, the machine's ceiling), and the order
-rotates, so that a busy moment of the machine hits all alike. A ratio is the median of the ratios within a
-repetition. The share of the ceiling counts 2 floating-point operations a multiply-add of `count_macs`, 6 in
-training.
+is the same work); every library with the attention that it chooses by itself; all keep freed memory, as every
+`vitrail` command does (`vitrail.malloc`). Repetitions take turns, one of each contestant (and in training one
+product of two float32 matrices, the machine's ceiling), and the order rotates, so that a busy moment of the
+machine hits all alike. A ratio is the median of the ratios within a repetition. The share of the ceiling
+counts 2 floating-point operations a multiply-add of `count_macs`, 6 in training.
 
 The result is written after each model, with the machine and the versions it was measured with. A later run
 measures what is missing, or was measured by another machine, versions or settings; `--anew`: all that
@@ -44,6 +44,7 @@ from vitrail.bench.peers import OURS, PEERS, contest, input_shape
 from vitrail.evaluation.cost import count_macs, count_parameters
 from vitrail.evaluation.timing import product, product_rate
 from vitrail.files import write_whole
+from vitrail.malloc import keep_freed_memory
 
 INSTALLED = tuple(peer for peer in PEERS if importlib.util.find_spec(peer.replace("-", "_")))
 FASTEST = 0.95
@@ -213,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--anew", action="store_true", help="measure also what was measured before")
     parser.add_argument("--quick", action="store_true", help="a smoke test: tiny models, one repetition")
     options = parser.parse_args(arguments)
+    keep_freed_memory()
     names = fnmatch.filter(CASES, options.models)
     if not names:
         parser.error(f"no architecture matches {options.models!r}; expected one of {', '.join(CASES)}")

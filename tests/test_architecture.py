@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "vitrail"
 MAY_IMPORT = {
     "config": set(),
     "files": set(),
+    "malloc": set(),
     "processes": set(),
     "torchvision_ops": set(),
     "components": set(),
@@ -58,6 +59,7 @@ MAY_IMPORT = {
         "training.manifest",
         "shipping.export",
         "files",
+        "malloc",
         "torchvision_ops",
     },
     "adaptive": {"models", "components.tap", "datasets", "evaluation", "explain.draw"},

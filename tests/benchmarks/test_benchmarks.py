@@ -57,7 +57,7 @@ def test_cifar10_epoch(tmp_path):
     assert result["settings"]["steps"] == 3
     ours, timm = result["settings"]["macs_an_image"].values()
     assert abs(ours / timm - 1) < 0.01
-    assert "timm / vitrail" in done.stdout
+    assert "timm fp32 / this" in done.stdout
 
 
 @pytest.mark.skipif(not os.environ.get("VITRAIL_DATA"), reason="needs MNIST: set VITRAIL_DATA")
@@ -150,7 +150,8 @@ def test_optimized(tmp_path):
     assert done.returncode == 0, done.stderr
     (model,) = json.loads(path.read_text())["models"].values()
     assert min(model["cosine"].values()) > 0.9999
-    (ways,) = model["batches"].values()
+    (found,) = model["batches"].values()
+    ways = found["contestants"]
     assert set(ways) == {"eager", "timm", "float32"}
     assert ways["eager"]["eager_over_this"] == ways["timm"]["timm_over_this"] == 1
     assert all(0 < own["share_of_ceiling"] < 2 for own in ways.values())

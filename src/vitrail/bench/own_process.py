@@ -8,10 +8,12 @@ import sys
 import torch
 
 from vitrail.bench.measure import Settings, peaks_here
+from vitrail.malloc import keep_freed_memory
 
 
 def main() -> None:
     """Do what the order in the first argument says."""
+    keep_freed_memory()  # as `vitrail bench` itself does, where the times are measured
     order = json.loads(sys.argv[1])
     torch.set_num_threads(order["threads"])
     settings = Settings(**{**order["settings"], "batches": tuple(order["settings"]["batches"])})

@@ -37,6 +37,7 @@ from vitrail.cli import (
     train,
 )
 from vitrail.cli.words import Parser
+from vitrail.malloc import keep_freed_memory
 
 _VERBS = (
     train,
@@ -77,6 +78,7 @@ _READ_WORDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; leaves with exit code 2 and one line on an error of the user's."""
+    keep_freed_memory()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
