@@ -44,6 +44,9 @@ def test_freed_memory_is_kept() -> None:
     assert given_back > 100
 
 
-def test_settings_of_the_environment_stay() -> None:
-    said, _ = faults("keep", MALLOC_MMAP_THRESHOLD_="131072")
-    assert said == "False"
+@pytest.mark.parametrize(
+    "environment",
+    [{"MALLOC_MMAP_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}],
+)
+def test_settings_of_the_environment_stay(environment: dict[str, str]) -> None:
+    assert faults("keep", **environment)[0] == "False"

@@ -13,19 +13,23 @@ import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 _LARGEST = 2**31 - 1
-_OF_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
+_OF_ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+_TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_threshold")
 
 
 def keep_freed_memory() -> bool:
     """Let this process keep what it frees from now on; every `vitrail` command begins with it.
 
-    Settings of the same in the environment (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES)
-    are left alone.
+    Settings of the same in the environment (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_, or in
+    GLIBC_TUNABLES) are left alone.
 
     Returns:
         Whether it was done: False where the environment decides, or with another C library than glibc.
     """
-    if sys.platform != "linux" or not _OF_ENVIRONMENT.isdisjoint(os.environ):
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if any(name in os.environ for name in _OF_ENVIRONMENT) or any(name in tunables for name in _TUNABLES):
+        return False
+    if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):

@@ -79,7 +79,7 @@ def test_footprint_is_exactly_what_a_key_depends_on(kind: str, grid: tuple[int, 
 
 def test_footprints_in_numbers() -> None:
     assert SpatialReductionAttention(4, 1, 4).footprint((8, 6)) == Footprint(
-        rows=((0, 4), (4, 8)), columns=((0, 4), (4, 6))
+        rows=((0, 4), (4, 8)), columns=((0, 4), (4, 6)), side=4
     )
     pooled = PooledAttention(4, 1).footprint((10, 7))
     assert pooled.rows == ((0, 2), (1, 3), (2, 5), (4, 6), (5, 8), (7, 9), (8, 10))

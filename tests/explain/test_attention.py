@@ -167,7 +167,8 @@ def full_matrices(step: AttentionStep, weights: Tensor) -> dict[int, Tensor]:
         for left, right in step.keys.columns:
             for row in range(top, bottom):
                 for column in range(left, right):
-                    share = weights[..., key] / (bottom - top) / (right - left)
+                    parts = step.keys.side**2 if step.keys.side else (bottom - top) * (right - left)
+                    share = weights[..., key] / parts
                     full[:, :, :, tokens.prefix + row * columns + column] += share
             key += 1
     return {step.branch: full}

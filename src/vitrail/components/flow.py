@@ -28,6 +28,8 @@ class Footprint(NamedTuple):
 
     rows: Spans
     columns: Spans
+    side: int | None = None
+    """Rows and columns of a whole square where the last ones are filled with zeros (padding)."""
 
     @property
     def grid(self) -> Grid:
@@ -35,7 +37,9 @@ class Footprint(NamedTuple):
         return len(self.rows), len(self.columns)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Give each cell's value to what it stands for, in equal parts; the sum stays.
+        """Give each cell's value to what it stands for, in equal parts.
+
+        The sum stays, but for the part of padded squares that falls on padding.
 
         Args:
             values: [..., rows * columns].
@@ -43,7 +47,7 @@ class Footprint(NamedTuple):
         Returns:
             [..., height * width], in cells of the finer grid or in pixels.
         """
-        down, across = (_parts(spans).to(values) for spans in self)
+        down, across = (_parts(spans, self.side).to(values) for spans in (self.rows, self.columns))
         return (down.mT @ values.unflatten(-1, self.grid) @ across).flatten(-2)
 
     def paint(self, values: Tensor) -> Tensor:
@@ -51,7 +55,7 @@ class Footprint(NamedTuple):
 
         Where cells overlap, their mean.
         """
-        down, across = (_covering(spans).to(values) for spans in self)
+        down, across = (_covering(spans).to(values) for spans in (self.rows, self.columns))
         return down.mT @ values @ across
 
     def collect(self, values: Tensor) -> Tensor:
@@ -59,7 +63,7 @@ class Footprint(NamedTuple):
 
         Where cells overlap, they share.
         """
-        down, across = (_covering(spans).to(values) for spans in self)
+        down, across = (_covering(spans).to(values) for spans in (self.rows, self.columns))
         return down @ values @ across.mT
 
     def find(self, row: int, column: int) -> tuple[int, int]:
@@ -78,15 +82,15 @@ class Footprint(NamedTuple):
 
     def centres(self) -> Tensor:
         """Row and column of the middle of each cell, [rows * columns, 2]."""
-        rows, columns = (torch.tensor([(a + b) / 2 for a, b in spans]) for spans in self)
+        rows, columns = (torch.tensor([(a + b) / 2 for a, b in spans]) for spans in (self.rows, self.columns))
         return torch.cartesian_prod(rows, columns)
 
 
-def _parts(spans: Spans) -> Tensor:
-    """Which share of each span falls on each place, [spans, places]; rows sum to one."""
+def _parts(spans: Spans, whole: int | None = None) -> Tensor:
+    """Which share of each span falls on each place, [spans, places]; rows of whole spans sum to one."""
     shares = torch.zeros(len(spans), max(stop for _, stop in spans))
     for number, (start, stop) in enumerate(spans):
-        shares[number, start:stop] = 1 / (stop - start)
+        shares[number, start:stop] = 1 / (whole or stop - start)
     return shares
 
 
@@ -102,6 +106,11 @@ def squares(grid: Grid, side: int) -> Footprint:
         tuple((start, min(start + side, size)) for start in range(0, size, side)) for size in grid
     )
     return Footprint(rows, columns)
+
+
+def padded_squares(grid: Grid, side: int) -> Footprint:
+    """The same where the last ones are filled up with zeros, and count as whole squares."""
+    return squares(grid, side)._replace(side=side)
 
 
 def even(grid: Grid, image_shape: tuple[int, int]) -> Footprint:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.components.attention import attend, split_heads
-from vitrail.components.flow import Footprint, squares
+from vitrail.components.flow import Footprint, padded_squares
 from vitrail.components.position import Grid
 from vitrail.components.tap import Tap
 
@@ -109,8 +109,8 @@ class SpatialReductionAttention(ReducedAttention):
         return self.norm(F.linear(squares.flatten(3), weight, self.sr.bias)).flatten(1, 2)
 
     def footprint(self, grid: Grid) -> Footprint:
-        """Squares next to each other, the last ones cut at the border."""
-        return squares(grid, self.ratio)
+        """Squares next to each other, the last ones filled up with zeros."""
+        return padded_squares(grid, self.ratio)
 
 
 class PooledAttention(ReducedAttention):

@@ -124,7 +124,7 @@ def _geometry(step: AttentionStep) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         [..., K], 0 at prefix tokens and padding; [...], 2 for a patch, 1 for a prefix token, 0 for padding;
-        [K] or [..., K], 1 for a patch.
+        [K] or [..., K], 1 for a patch, for padded keys the part that is patches.
     """
     tokens = step.tokens
     centres = tokens.cells.centres()  # [N, 2]
@@ -145,8 +145,12 @@ def _geometry(step: AttentionStep) -> tuple[Tensor, Tensor, Tensor]:
     distance = torch.cdist(centres, keys)  # [N, keys]
     if step.keys is not None:  # from a patch to a key: the mean over the cells that the key stands for
         cells = torch.eye(step.keys.grid[0] * step.keys.grid[1])
-        distance, before = distance @ step.keys.spread(cells).T, 0
-    is_patch = F.pad(torch.ones(distance.shape[1]), (before, 0))
+        cells, before = step.keys.spread(cells), 0
+        real = cells.sum(dim=1)  # less than one where a part of the key is padding
+        distance = distance @ cells.T / real
+    else:
+        real = torch.ones(distance.shape[1])
+    is_patch = F.pad(real, (before, 0))
     distance = F.pad(distance, (before, 0, prefix, 0))[: len(asks)]
     return distance, asks, is_patch
 

@@ -12,8 +12,9 @@
 The published form multiplies T x T matrices from the first layer to the last and reads one row of the
 product. Here that row is pulled back from the last layer to the first, which gives the same numbers for a
 T-th of the work and keeps attention as compact as the model has it: within windows, on reduced keys. Merging
-spreads a cell's share evenly over what it was merged from; class-attention and CrossViT's exchange are rows
-like any other. So every architecture has a rollout, and no matrix over all tokens is ever formed.
+spreads a cell's share evenly over what it was merged from, and what falls on padding is lost; class-attention
+and CrossViT's exchange are rows like any other. So every architecture has a rollout, and no matrix over all
+tokens is ever formed.
 
 Weights with signs (differential attention, talking heads): rows of A + I are divided by one plus the sum of
 A's absolute values, and signs are kept, so that a patch may count against. Without signs that is the usual
@@ -78,7 +79,7 @@ def attention_rollout(
         point: A pixel; where its patch of the last layer comes from, instead of what the head reads.
 
     Returns:
-        Values and `prefix`, which sum to one where no weight is negative.
+        Values and `prefix`, which sum to one where no weight is negative and no square of patches was padded.
 
     Raises:
         ValueError: No such share or pixel.
@@ -247,7 +248,7 @@ def _pull_back(
         lost = lost + row[:, 0, : tokens.prefix].sum(dim=1)
         patches = row[:, 0, tokens.prefix :]
         if tokens is not finest:
-            height, width = (spans[-1][1] for spans in tokens.cells)
+            height, width = tokens.cells.rows[-1][1], tokens.cells.columns[-1][1]
             pixels = tokens.cells.spread(patches).unflatten(1, (height, width))
             patches = finest.cells.collect(pixels).flatten(1)
         values = values + patches

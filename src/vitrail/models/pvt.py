@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, squares
+from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, padded_squares, squares
 from vitrail.components.mlp import Mlp
 from vitrail.components.patch import PatchEmbedding, patch_grid
 from vitrail.components.position import Grid, TableLayout, resample_table
@@ -192,7 +192,7 @@ class PVT(Encoder):
             if stage > 1 and not block:
                 cells = squares(image_shape, self.stages[stage - 1].stride)
                 merged = Tokens(cells, prefix=int(stage == self.num_stages))
-                steps.append(MergeStep(tokens, merged, squares(tokens.grid, 2)))
+                steps.append(MergeStep(tokens, merged, padded_squares(tokens.grid, 2)))
                 tokens = merged
             attention = self.get_submodule(f"{name}.attn")
             assert isinstance(attention, ReducedAttention)

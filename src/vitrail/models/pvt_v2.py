@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, squares
+from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, padded_squares, squares
 from vitrail.components.patch import PatchEmbedding
 from vitrail.components.position import Grid
 from vitrail.components.reduction import (
@@ -205,7 +205,7 @@ class PVTv2(Encoder):
             stage, block = (int(number) for number in re.findall(r"\d+", name))
             if stage and not block:
                 merged = Tokens(squares(image_shape, self.stages[stage].stride))
-                steps.append(MergeStep(tokens, merged, squares(tokens.grid, 2)))
+                steps.append(MergeStep(tokens, merged, padded_squares(tokens.grid, 2)))
                 tokens = merged
             attention = self.get_submodule(f"{name}.attn")
             assert isinstance(attention, ReducedAttention)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.components.attention import Attention
-from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, squares
+from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, padded_squares, squares
 from vitrail.components.mlp import Mlp
 from vitrail.components.patch import ConvPatchEmbedding, patch_grid
 from vitrail.components.position import Grid, TableLayout
@@ -295,7 +295,7 @@ class WindowEncoder(Encoder):
             stage, block = (int(number) for number in re.findall(r"\d+", name))
             if stage and not block:
                 merged = Tokens(squares(image_shape, self.stages[stage].stride))
-                steps.append(MergeStep(tokens, merged, squares(tokens.grid, 2)))
+                steps.append(MergeStep(tokens, merged, padded_squares(tokens.grid, 2)))
                 tokens = merged
             windows = self.get_submodule(f"{name}.windows")
             assert isinstance(windows, WindowPartition)

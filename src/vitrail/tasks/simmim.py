@@ -127,7 +127,7 @@ class SimMIM(Task):
             cells = self.model.flow(shape).start[-1].cells
             places = (
                 torch.bucketize(torch.arange(size), torch.tensor([start for start, _ in spans]), right=True)
-                for size, spans in zip(shape, cells, strict=True)
+                for size, spans in zip(shape, (cells.rows, cells.columns), strict=True)
             )
             self._cells[shape, images.device] = _Cells(
                 cells.grid, *((place - 1).to(images.device) for place in places)
