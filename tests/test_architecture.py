@@ -57,7 +57,7 @@ MAY_IMPORT = {
         "evaluation",
         "explain.draw",
         "training.manifest",
-        "shipping.export",
+        "shipping",
         "files",
         "malloc",
         "torchvision_ops",

@@ -13,6 +13,7 @@ from vitrail.models import build_model
 from vitrail.pretrained import load_model, save_model
 from vitrail.pretrained.compiled import CompiledModel, load_compiled
 from vitrail.serving import Predictor
+from vitrail.shipping.int8 import quantise
 from vitrail.shipping.optimize import Candidate, Optimized, choose, optimize
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -176,6 +177,15 @@ def test_eager_stays_where_nothing_is_faster():
     assert best is None
     assert note == "float32 is slower than eager float32 on this machine"
     assert choose("float32", [slow], agreement=None, judged_on="images") == (slow, [note])
+
+
+def test_int8_of_a_convolutional_stem_is_quiet():
+    pytest.importorskip("torchao")
+    model = build_model("vit_cifar", embed_dim=32, num_heads=2, depth=1).eval()
+    images = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():  # a warning would be an error here
+        found, expected = quantise(model, [images])(images), model(images)
+    assert F.cosine_similarity(found, expected).min() > 0.98
 
 
 def test_what_cannot_end_well_is_refused_at_once(source, digits, tmp_path):

@@ -163,6 +163,7 @@ def _transformers(name: str, ours: Encoder) -> nn.Module:
     import transformers
 
     from vitrail.pretrained.formats.transformers import write_config
+    from vitrail.shipping.ahead import quiet
 
     described = write_config(ours.config, ())
     architecture = getattr(transformers, described["architectures"][0])
@@ -172,7 +173,8 @@ def _transformers(name: str, ours: Encoder) -> nn.Module:
     speaks = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        return Logits(architecture.from_pretrained(None, config=config, state_dict=state))
+        with quiet():  # it imports torchao
+            return Logits(architecture.from_pretrained(None, config=config, state_dict=state))
     finally:
         if speaks:
             transformers.utils.logging.enable_progress_bar()

@@ -48,7 +48,8 @@ def quantise(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
             x86.get_default_x86_inductor_quantization_config(reduce_range=narrow)
         )
         # Compiled, a quantised patch embedding gives other numbers than its graph (torch 2.13, AVX2).
-        quantizer.set_function_type_qconfig(F.conv2d, None)
+        # Nor its pooling, which torchao would warn of.
+        quantizer.set_function_type_qconfig(F.conv2d, None).set_function_type_qconfig(F.max_pool2d, None)
         prepared = None
         for images in batches:
             if prepared is None:
