@@ -2,7 +2,7 @@
 
 The activations of a model are freed and asked for again in every pass. From 32 MiB on (those of 8 images in
 PVT v2-B1, of 16 in ViT-B/16) glibc takes each from the system anew, which hands it out as zeroed pages, one
-at a time: up to a third of a forward pass. Kept, it costs a higher peak: a tenth to a quarter more memory.
+at a time: up to a third of a forward pass. Kept, it costs a higher peak: up to a third more memory.
 """
 
 from __future__ import annotations

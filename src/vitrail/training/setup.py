@@ -445,7 +445,7 @@ def _precision(wanted: str, device: str) -> str:
     """accelerate's name of the precision."""
     cuda = torch.cuda.is_available() and device != "cpu"
     if wanted == "auto":
-        # Measured: on CPUs the small models of the recipes are slower under bfloat16 autocast.
+        # Measured: bfloat16 autocast is slower on CPUs without AMX; and a recipe gives the same on any CPU.
         wanted = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if wanted == "fp16" and not cuda:
         raise ValueError(
