@@ -214,7 +214,7 @@ def test_a_whole_page_of_every_architecture(name: str, changes: dict[str, Any], 
     pixels = np.repeat(images.images, C, axis=1)
     images = ImageSet.from_arrays(pixels, images.labels, classes=images.classes, name="<i>set", split="test")
     own = replace(subject(model, images), classes=images.classes, title="a <model>")
-    written = write_analysis(tmp_path / "out", own, images=24, seed=1)
+    written = write_analysis(str(tmp_path / "out"), own, images=24, seed=1)
     page = written.page.read_text()
     assert written.page.stat().st_size < 5_000_000
     assert not re.findall(r"""(?:src|href)=["'](?!data:)|<script|<b>|<i>|<model>""", page)

@@ -82,10 +82,9 @@ def test_a_model_without_a_head_shows_its_attention(
     picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = lively("vit_cifar", {"num_classes": 0})
-    save_model(
-        tmp_path / "model", model, name="vit_cifar", classes=(), preprocessing=prepared(model).to_dict()
-    )
-    line = ["explain", str(tmp_path / "model"), str(picture), "--output", str(tmp_path / "out")]
+    folder = str(tmp_path / "model")
+    save_model(folder, model, name="vit_cifar", classes=(), preprocessing=prepared(model).to_dict())
+    line = ["explain", folder, str(picture), "--output", str(tmp_path / "out")]
     for wrong, message in (
         (["--method", "relevance"], "relevance explains the score of a class, and this model has no head"),
         (["--target", "3"], "no class '3' among the 0 of the model"),

@@ -81,7 +81,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(finished: Pat
         command="",
     )
     assert _same(finished, tmp_path / "a")
-    train(_config(train__seed=1), tmp_path / "b", command="")
+    train(_config(train__seed=1), str(tmp_path / "b"), command="")
     assert not _same(finished, tmp_path / "b")
 
 

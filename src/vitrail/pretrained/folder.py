@@ -53,7 +53,7 @@ class FolderConfig:
 
 
 def save_model(
-    folder: Path,
+    folder: str | Path,
     model: Encoder,
     *,
     name: str,
@@ -61,6 +61,7 @@ def save_model(
     preprocessing: Mapping[str, Any],
 ) -> None:
     """Write a model folder; each file is written beside and renamed."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     write_whole(folder / "model.safetensors", save(state, metadata={"format": "pt"}))

@@ -29,7 +29,7 @@ class Written:
 
 
 def write_analysis(
-    folder: Path, subject: Subject, against: Subject | None = None, *, images: int = 1000, seed: int = 0
+    folder: str | Path, subject: Subject, against: Subject | None = None, *, images: int = 1000, seed: int = 0
 ) -> Written:
     """Write `analysis.html`, `analysis.json` and PNG files into a folder.
 
@@ -45,6 +45,7 @@ def write_analysis(
     Raises:
         ValueError: As `analyse` and `compare`.
     """
+    folder = Path(folder)
     comparison = None if against is None else compare(subject, against, images=images, seed=seed)
     found = analyse(subject, images=images, seed=seed) if comparison is None else comparison.first
     pictures = {name: png(figure) for name, figure in _drawn(found, comparison).items()}

@@ -106,7 +106,7 @@ class Explanation:
 
 
 def write_explanation(
-    folder: Path,
+    folder: str | Path,
     images: Sequence[str | Path],
     *,
     model: Encoder,
@@ -136,6 +136,7 @@ def write_explanation(
         ValueError: An image that cannot be read; no such class, method, layer or head; a class or a method
             that needs one, where the model has no head; a folder that cannot be written. Nothing is written.
     """
+    folder = Path(folder)
     model.eval()
     names = find_methods(methods, head=model.has_head)
     depth = len(attention_layers(model, preprocessing.img_size))

@@ -68,7 +68,7 @@ class Result:
     """It was resumed after its end: nothing was trained, and nothing written."""
 
 
-def train(config: RunConfig, folder: Path, *, command: str, splits: Splits | None = None) -> Result:
+def train(config: RunConfig, folder: str | Path, *, command: str, splits: Splits | None = None) -> Result:
     """Train, test and save into a run folder.
 
     Args:
@@ -82,6 +82,7 @@ def train(config: RunConfig, folder: Path, *, command: str, splits: Splits | Non
             or disk that does not suffice.
         KeyboardInterrupt: Ctrl-C; the run was saved.
     """
+    folder = Path(folder)
     check_free(folder, config.train)
     run = prepare(config, splits)
     with claimed(folder, config.train):
