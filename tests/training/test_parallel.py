@@ -76,4 +76,9 @@ def test_two_processes_are_as_one(parallel: str, config: dict[str, Any], alone: 
     assert _losses(folder) == pytest.approx(_losses(alone), abs=1e-5)
     weights = load_file(folder / "model" / "model.safetensors")
     for name, value in load_file(alone / "model" / "model.safetensors").items():
-        torch.testing.assert_close(weights[name], value, atol=1e-3, rtol=1e-3)
+        found = weights[name]
+        if name.endswith("qkv.bias"):
+            # Without the keys' part: softmax takes it out again, so its gradient is rounding alone, of which
+            # AdamW makes whole steps.
+            found, value = (torch.cat([own.chunk(3)[0], own.chunk(3)[2]]) for own in (found, value))
+        torch.testing.assert_close(found, value, atol=1e-3, rtol=1e-3)
