@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from measure import in_turns, machine, median_ratio, summary, write_result
 from vitrail.evaluation.cost import count_macs
+from vitrail.evaluation.timing import product
 from vitrail.malloc import keep_freed_memory
 from vitrail.models import Encoder, build_model
 from vitrail.pretrained.compiled import CompiledModel, load_package
@@ -76,13 +77,12 @@ def compiled(model: Encoder, precision: str, images: Tensor, folder: Path) -> tu
     return CompiledModel(run, images.shape[1:]), time.perf_counter() - began
 
 
-def _product(precision: str, size: int) -> Callable[[], object]:
+def product_in(precision: str, size: int) -> Callable[[], object]:
     """A product of two square matrices in this precision."""
     if precision == "int8":
         left, right = torch.randint(-127, 128, (2, size, size), dtype=torch.int8)
         return lambda: torch._int_mm(left, right)
-    left, right = torch.randn(2, size, size).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    return lambda: left @ right
+    return product(size, torch.bfloat16 if precision == "bf16" else torch.float32, torch.device("cpu"))
 
 
 def measure(name: str, batches: Sequence[int], *, quick: bool) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def measure(name: str, batches: Sequence[int], *, quick: bool) -> dict[str, Any]
             way: float(F.cosine_similarity(act(images[:8]), expected).mean()) for way, act in ways.items()
         }
         size = 256 if quick else 2048
-        products = {f"product {precision}": _product(precision, size) for precision in PRECISIONS}
+        products = {f"product {precision}": product_in(precision, size) for precision in PRECISIONS}
         macs = count_macs(model, images.shape[1:])
         found = {}
         for batch in batches:

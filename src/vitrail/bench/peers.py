@@ -166,15 +166,15 @@ def _transformers(name: str, ours: Encoder) -> nn.Module:
     from vitrail.shipping.ahead import quiet
 
     described = write_config(ours.config, ())
-    architecture = getattr(transformers, described["architectures"][0])
+    with quiet():  # its models import torchao
+        architecture = getattr(transformers, described["architectures"][0])
     converted = to_theirs(ours.state_dict(), "transformers", ours.config)
     state = {key: tensor.clone() for key, tensor in converted.items()}  # it would keep ours otherwise
     config = architecture.config_class.from_dict(described)
     speaks = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with quiet():  # it imports torchao
-            return Logits(architecture.from_pretrained(None, config=config, state_dict=state))
+        return Logits(architecture.from_pretrained(None, config=config, state_dict=state))
     finally:
         if speaks:
             transformers.utils.logging.enable_progress_bar()

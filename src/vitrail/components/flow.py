@@ -109,7 +109,7 @@ def squares(grid: Grid, side: int) -> Footprint:
 
 
 def padded_squares(grid: Grid, side: int) -> Footprint:
-    """The same where the last ones are filled up with zeros, and count as whole squares."""
+    """Squares of `side` x `side` cells, the last ones filled up with zeros: they count as whole ones."""
     return squares(grid, side)._replace(side=side)
 
 
