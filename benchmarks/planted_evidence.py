@@ -59,7 +59,7 @@ MODELS = {
     "vit": Subject("vit_cifar_plain", STEM),
     "diffvit": Subject("diffvit_cifar", STEM),
     "deit": Subject("deit_cifar", STEM),
-    "cait": Subject("cait_cifar", {"patch_size": 7, "depth": 4}, steps=2700),
+    "cait": Subject("cait_cifar", {"patch_size": 7, "depth": 4}, steps=5400),
     "crossvit": Subject("crossvit_cifar", {"patch_size": (7, 14), "depth": 2}, steps=5400),
     "cct": Subject("cct_2_3x2_32", {"num_convs": 3}),
     "swin": Subject("swin_cifar", {"patch_size": 4, "window_size": 7}, steps=1800),

@@ -140,9 +140,9 @@ def test_predict_folder(tmp_path):
     result = json.loads(path.read_text())
     assert result["settings"]["images"] == 16
     assert set(result["ways"]) == {"vitrail", "timm_1", "timm_32", "import_torch"}
-    assert set(result["peer_over_vitrail"]) == {"timm_1", "timm_32"}
-    assert result["answers"]["same_first_class"] == 1.0
-    assert result["answers"]["largest_difference"] < 1e-4
+    assert set(result["peer_over_vitrail"]["vitrail"]) == {"timm_1", "timm_32"}
+    assert result["answers"]["vitrail"]["same_first_class"] == 1.0
+    assert result["answers"]["vitrail"]["largest_difference"] < 1e-4
 
 
 def test_optimized(tmp_path):

@@ -12,13 +12,19 @@ from PIL import Image
 
 from vitrail.datasets import BrokenImageError
 from vitrail.models import build_model
+from vitrail.pretrained.compiled import CompiledModel
 from vitrail.serving import Prediction, Predictor, find_files, predict_files
 from vitrail.serving.pipeline import _open_reduced
 
 
-@pytest.fixture(scope="module")
-def predictor(model_folder: Path) -> Predictor:
-    return Predictor.from_source(model_folder)
+@pytest.fixture(scope="module", params=["eager", "compiled"])
+def predictor(request: pytest.FixtureRequest, model_folder: Path) -> Predictor:
+    """The other way through the files is taken for compiled code, whatever its answers are made by."""
+    eager = Predictor.from_source(model_folder)
+    compiled = CompiledModel(eager.model, (eager.model.config.in_chans, *eager.preprocessing.img_size))
+    return Predictor(
+        eager.model, eager.preprocessing, eager.classes, compiled if request.param == "compiled" else None
+    )
 
 
 @pytest.fixture
@@ -50,8 +56,11 @@ def together(found: Iterator[list[Prediction | BrokenImageError]]) -> list[Predi
     return [own for batch in found for own in batch]
 
 
-def test_every_kind_of_file_has_the_answer_of_predict(predictor: Predictor, tmp_path: Path) -> None:
+def test_every_kind_of_file_has_the_answer_of_predict(
+    predictor: Predictor, tmp_path: Path, threads: None
+) -> None:
     files = write_every_kind(tmp_path)
+    torch.set_num_threads(1)  # the last bits of some products depend on it
     found = together(predict_files(predictor, files, top=10, batch_size=len(files)))
     assert found == predictor.predict(files, top=10)
     assert len({own.probabilities for own in found}) >= 8  # not all alike
@@ -66,7 +75,7 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale(predictor: Predictor, tmp_pa
     levels = 255 * 0.31
     for name, options in (("a.jpg", {}), ("b.jpg", {"exif": turned}), ("c.png", {})):
         picture.save(tmp_path / name, **options)
-        reduced = _open_reduced(str(tmp_path / name), predictor.preprocessing)
+        reduced = _open_reduced(tmp_path / name, predictor.preprocessing)
         assert isinstance(reduced, torch.Tensor)
         difference = (reduced - predictor.preprocessing.open_image(tmp_path / name)).abs().mean() * levels
         assert (difference > 0) == name.endswith("jpg")
@@ -78,12 +87,28 @@ def test_neither_threads_nor_broken_neighbours_change_a_bit(
 ) -> None:
     files = write_every_kind(tmp_path)
     runs = []
-    for count in (1, 3):
+    # A compiled model computes with all threads, on whose number the last bits may depend.
+    for count in (1, 3) if predictor.compiled is None else (3, 3):
         torch.set_num_threads(count)
         runs.append(together(predict_files(predictor, files * 3, batch_size=4)))
         assert torch.get_num_threads() == count
     assert runs[0] == runs[1]
     assert [own.source for own in runs[0]] == [str(path) for path in files * 3]
+
+
+def test_compiled_code_runs_on_all_threads(predictor: Predictor, tmp_path: Path, threads: None) -> None:
+    seen = set()
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        seen.add((len(images), torch.get_num_threads()))
+        return predictor.model(images)
+
+    shape = predictor.model.config.in_chans, *predictor.preprocessing.img_size
+    compiled = Predictor(predictor.model, predictor.preprocessing, (), CompiledModel(run, shape))
+    torch.set_num_threads(3)
+    found = together(predict_files(compiled, write_every_kind(tmp_path), batch_size=2))
+    assert len(found) == 11
+    assert seen == {(2, 3), (1, 3)}
 
 
 def test_broken_files_stand_in_their_places(predictor: Predictor, tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ threads than cores. Pillow's decoders and PyTorch's operators leave the interpre
 processes would have to import torch first, which takes longer than decoding hundreds of pictures. Batches are
 small, so that what passes between the layers stays in the core's cache.
 
+A compiled model keeps the interpreter to itself while it runs, so that threads would only wait for each
+other: there the threads decode a few batches, and then it computes them one after the other, on all cores.
+
 The pixels are those of `Preprocessing.open_image`, exactly, but for JPEGs of more than three times the wanted
 size: these are decoded at 1/2, 1/4 or 1/8 (libjpeg's scaled inverse transform), as `datasets.decode` says.
 """
@@ -27,6 +30,9 @@ from vitrail.datasets.decode import reduced_scale
 from vitrail.datasets.folder import image_files
 from vitrail.datasets.transforms import open_header, upright_size
 from vitrail.serving.predictor import Prediction, Predictor
+
+_DECODED_AT_ONCE = 4
+"""Batches that are decoded before a compiled model computes them."""
 
 
 def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[BrokenImageError]]:
@@ -52,10 +58,11 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[BrokenImag
 def predict_files(
     predictor: Predictor, files: Sequence[Path], *, top: int = 5, batch_size: int = 8
 ) -> Iterator[list[Prediction | BrokenImageError]]:
-    """Predict files, as many batches at a time as PyTorch has threads (`torch.get_num_threads`).
+    """Predict files on as many cores as PyTorch has threads (`torch.get_num_threads`).
 
     A batch is always made of the same files, whatever the number of threads, so that equal files give equal
-    bits. Until the iteration ends PyTorch has a single thread, also for others in this process.
+    bits; those of a compiled model may differ with the number of threads. Until the iteration ends PyTorch
+    has a single thread, also for others in this process, except where the model is compiled.
 
     Args:
         predictor: The model.
@@ -70,7 +77,9 @@ def predict_files(
         ValueError: A number below 1, or a model that does not classify pictures.
     """
     check_numbers(top, batch_size)
-    return _in_threads(predictor, files, top, batch_size)
+    batches = (files[start : start + batch_size] for start in range(0, len(files), batch_size))
+    way = _in_threads if predictor.compiled is None else _in_turns
+    return way(predictor, batches, top)
 
 
 def check_numbers(top: int, batch_size: int) -> None:
@@ -81,12 +90,18 @@ def check_numbers(top: int, batch_size: int) -> None:
 
 
 def _in_threads(
-    predictor: Predictor, files: Sequence[Path], top: int, batch_size: int
+    predictor: Predictor, batches: Iterator[Sequence[Path]], top: int
 ) -> Iterator[list[Prediction | BrokenImageError]]:
+    """Each thread decodes a batch and runs the model on it."""
+
+    def predict(files: Sequence[Path]) -> list[Prediction | BrokenImageError]:
+        return _classified(
+            predictor, files, [_open_reduced(file, predictor.preprocessing) for file in files], top
+        )
+
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    batches = (files[start : start + batch_size] for start in range(0, len(files), batch_size))
-    work = (pool.submit(_predict_batch, predictor, batch, top) for batch in batches)
+    work = (pool.submit(predict, batch) for batch in batches)
     try:
         # A few ahead of the one waited for: enough for all threads, few enough to stop soon.
         waiting = deque(itertools.islice(work, 2 * threads))
@@ -99,12 +114,30 @@ def _in_threads(
         torch.set_num_threads(threads)
 
 
-def _predict_batch(
-    predictor: Predictor, files: Sequence[Path], top: int
+def _in_turns(
+    predictor: Predictor, batches: Iterator[Sequence[Path]], top: int
+) -> Iterator[list[Prediction | BrokenImageError]]:
+    """The threads decode some batches, then the model runs on all cores."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        while some := list(itertools.islice(batches, _DECODED_AT_ONCE)):
+            files = list(itertools.chain.from_iterable(some))
+            opened = list(pool.map(_open_reduced, files, itertools.repeat(predictor.preprocessing)))
+            # What a thread of the pool sets for itself, MKL takes for all.
+            torch.set_num_threads(threads)
+            for batch in some:
+                yield _classified(predictor, batch, opened[: len(batch)], top)
+                del opened[: len(batch)]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _classified(
+    predictor: Predictor, files: Sequence[Path], opened: Sequence[Tensor | BrokenImageError], top: int
 ) -> list[Prediction | BrokenImageError]:
-    names = [str(path) for path in files]
-    opened = [_open_reduced(name, predictor.preprocessing) for name in names]
-    whole = [(name, own) for name, own in zip(names, opened, strict=True) if isinstance(own, Tensor)]
+    """Run the model on those pictures of a batch that could be opened."""
+    whole = [(str(file), own) for file, own in zip(files, opened, strict=True) if isinstance(own, Tensor)]
     predictions: Iterator[Prediction] = iter(())
     if whole:
         sources, images = zip(*whole, strict=True)
@@ -112,8 +145,9 @@ def _predict_batch(
     return [next(predictions) if isinstance(own, Tensor) else own for own in opened]
 
 
-def _open_reduced(name: str, preprocessing: Preprocessing) -> Tensor | BrokenImageError:
+def _open_reduced(file: Path, preprocessing: Preprocessing) -> Tensor | BrokenImageError:
     """`Preprocessing.open_image`, of a large JPEG at a reduced scale: float32 [C, H, W], or what is wrong."""
+    name = str(file)
     try:
         picture = open_header(name, name)
         if isinstance(picture, JpegImageFile):
