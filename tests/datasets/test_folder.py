@@ -135,6 +135,20 @@ class TestClassFolders:
         assert len(splits.train) == len(splits.test) == 8
         assert splits.ignored == {".txt": 1, ".xml": 1, "no extension": 1, "hidden": 2, ".png": 1}
 
+    def test_images_without_class_folders_are_one_class(self, home) -> None:
+        for number in range(10):
+            write_image(home / "flat" / f"{number}.png", 10 * number)
+        (home / "flat" / "notes.txt").touch()
+        splits = load_dataset(home / "flat", val_fraction=0.0)
+        assert splits.train.classes == ("flat",)
+        assert sorted(values(splits.train) + values(splits.test)) == [10 * number for number in range(10)]
+        assert splits.ignored == {".txt": 1}
+        for split, number in (("train", 1), ("train", 2), ("test", 3)):
+            write_image(home / "split" / split / f"{number}.png", number)
+        splits = load_dataset(home / "split", val_fraction=0.0)
+        assert splits.train.classes == splits.test.classes == ("split",)
+        assert (values(splits.train), values(splits.test)) == ([1, 2], [3])
+
     def test_links_are_followed_and_circles_are_not(self, home) -> None:
         write_classes(home / "store", count=2)
         (home / "data" / "ant").mkdir(parents=True)
@@ -160,8 +174,9 @@ class TestClassFolders:
         (home / "empty").mkdir()
         assert one_line(home / "empty").startswith(f"{home}/empty: expected class folders with images, ")
         assert one_line(home / "empty").endswith("got nothing")
-        write_image(home / "flat" / "1.png", 0)
-        assert one_line(home / "flat").endswith("got 1 .png")
+        write_image(home / "stray" / "1.png", 0)
+        (home / "stray" / "cow").mkdir()
+        assert one_line(home / "stray").endswith("got 1 .png")
         write_classes(home / "half" / "test")
         assert one_line(home / "half") == f"{home}/half: expected a split train beside test, got none"
         write_classes(home / "hollow", count=1)

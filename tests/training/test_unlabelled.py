@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from vitrail.config import RunConfig, list_recipes, load_config
@@ -94,6 +95,22 @@ def test_no_label_of_the_training_images_is_read(method: str, secret: Splits, tm
     again = train(config(f"digits-{method}", train__resume=True), tmp_path / "run", command="", splits=secret)
     assert again.already_finished
     assert again.metrics == result.metrics
+
+
+def test_pictures_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for number in range(40):
+        pixels = random.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    folder = {"data__name": str(tmp_path / "photos"), "train__duration": "2 steps"}
+    result = train(config("digits-mae", **folder), tmp_path / "run", command="")
+    assert isinstance(result.metrics, RepresentationMetrics)
+    assert result.model.config.in_chans == 3
+    said = capsys.readouterr().err
+    assert "\nphotos has one class, so neighbours always agree: k-NN accuracy says nothing" in said
+    with pytest.raises(ValueError, match=r"photos has one class only \(photos\): expected two or more"):
+        train(config("digits-vit", **folder), tmp_path / "supervised", command="")
 
 
 def test_a_teacher_alone_teaches(secret: Splits, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
 | `<class>/**/x.jpg` | names of the class folders |
 | `labels.csv` or `metadata.csv` (or .jsonl) beside the images, or in each split folder | labels of train |
 | `train.csv`, `val.csv`, `test.csv` (or .jsonl) beside the images or beside split folders | labels of train |
+| `x.jpg`, perhaps in split folders | one, with the folder's name: for tasks that need no labels |
 
 Classes are numbered in sorted order, capital letters first, as torchvision's `ImageFolder` and the hub's
 `imagefolder` number them; in tables, labels that are all whole numbers are sorted as numbers. Split folders
@@ -87,8 +88,12 @@ def find_folder(folder: Path, *, label_column: str | None = None) -> Found:
         if splits:
             _check_train(folder, list(splits))
         places = splits or {"train": folder}
-        rows = {split: labelled_files(path, ignored) for split, path in places.items()}
         classes = class_folders(places["train"])
+        if classes:
+            rows = {split: labelled_files(path, ignored) for split, path in places.items()}
+        else:
+            classes = (name,)
+            rows = {split: _flat_files(path, name, ignored) for split, path in places.items()}
         if not rows["train"]:
             raise ValueError(_no_layout(places["train"], ignored))
         with_images = {label for _, label in rows["train"]}
@@ -151,6 +156,11 @@ def labelled_files(folder: Path, ignored: Counter[str]) -> list[Labelled]:
     return found
 
 
+def _flat_files(folder: Path, label: str, ignored: Counter[str]) -> list[Labelled]:
+    """The images directly in a folder, all of one class."""
+    return [(os.path.join(folder, name), label) for name in images_in(folder, ignored)]
+
+
 def images_in(folder: Path, ignored: Counter[str]) -> list[str]:
     """Names of the images directly in a folder, sorted; other files are counted."""
     return sorted(_images([entry.name for entry in os.scandir(folder) if entry.is_file()], ignored))
@@ -200,7 +210,8 @@ def _check_train(folder: Path, splits: list[str]) -> None:
 def _no_layout(folder: Path, ignored: Counter[str]) -> str:
     inside = ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common(3))
     return (
-        f"{folder}: expected class folders with images, folders train and test, train-*.parquet, or a table "
-        f"labels.csv or metadata.jsonl (with a column {' or '.join(LABEL_COLUMNS)}), got "
+        f"{folder}: expected class folders with images, images alone, folders train and test, "
+        "train-*.parquet, or a table labels.csv or metadata.jsonl "
+        f"(with a column {' or '.join(LABEL_COLUMNS)}), got "
         f"{inside or 'nothing'}"
     )

@@ -221,6 +221,11 @@ def _about(run: Run, folder: Path) -> list[str]:
             "1 broken image is" if len(splits.skipped) == 1 else f"{len(splits.skipped):,} broken images are"
         )
         lines.append(f"{several} left out ({source}: {reason})")
+    if len(splits.train.classes) == 1 and not run.task.classifies:
+        lines.append(
+            f"{splits.train.name} has one class, so neighbours always agree: k-NN accuracy says nothing, "
+            "rank and spread of the features do"
+        )
     (height, width), original = run.preprocessing.img_size, splits.original_size
     # Photographs of thousands of pixels at the usual 224 are no surprise.
     if original is not None and min(height, width) < min(_SMALL_INPUT, min(original) / 4):

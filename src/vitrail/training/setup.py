@@ -242,7 +242,10 @@ def _check_enough(splits: Splits, kind: type[Task]) -> None:
             "or more of each class, or a folder test"
         )
     if len(classes) < 2:
-        raise ValueError(f"{name} has one class only ({classes[0]}): expected two or more to tell apart")
+        raise ValueError(
+            f"{name} has one class only ({classes[0]}): expected two or more to tell apart, a folder each or "
+            "in a table labels.csv"
+        )
 
 
 def _load(
