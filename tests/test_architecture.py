@@ -133,6 +133,15 @@ def test_the_command_line_loads_only_the_standard_library() -> None:
     assert loaded.stdout == "{'vitrail'}\n"
 
 
+def test_models_on_the_disk_need_nothing_that_speaks_to_the_network() -> None:
+    code = (
+        "import sys, vitrail.serving\n"
+        "print({'huggingface_hub', 'httpx2', 'sklearn', 'matplotlib', 'pyarrow'} & set(sys.modules))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout == "set()\n"
+
+
 def test_public_names_exist() -> None:
     import vitrail
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from vitrail.datasets import Preprocessing
 from vitrail.models import build_model
-from vitrail.pretrained import create_model, export_model, find_weights, import_model, load_pretrained
+from vitrail.pretrained import (
+    create_model,
+    export_model,
+    find_weights,
+    import_model,
+    load_pretrained,
+    save_model,
+)
 from vitrail.pretrained.folder import ModelFolder
 
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -508,3 +517,29 @@ def test_what_is_written_for_others_says_where_it_came_from(tmp_path: Path) -> N
     )
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     assert list(processor.image_mean) == [0.5] * 3
+
+
+@pytest.mark.parametrize("to", ["timm", "transformers", "torchvision"])
+def test_other_libraries_are_read_back_in_a_process_of_its_own(to: str, tmp_path: Path) -> None:
+    # Here torchvision is imported already, with its operators mended where they need it.
+    model = build_model("vit_tiny_patch16_224", depth=1, img_size=32, embed_dim=24, num_heads=2)
+    prepared = Preprocessing((32, 32), 3, (0.5,) * 3, (0.5,) * 3)
+    save_model(
+        tmp_path / "model", model, name="vit_tiny_patch16_224", classes=(), preprocessing=prepared.to_dict()
+    )
+    words = ["convert", str(tmp_path / "model"), str(tmp_path / "converted"), "--to", to]
+    done = subprocess.run(
+        [sys.executable, "-m", "vitrail", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"loaded by {to}, they differ by" in done.stdout
+
+
+def test_torchvisions_own_tables_are_read_in_a_process_of_its_own(tmp_path: Path) -> None:
+    code = (
+        "from vitrail.pretrained import find_weights\n"
+        "try: find_weights('torchvision:vit_b_16.NONE')\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("torchvision:vit_b_16 has the weights IMAGENET1K_V1")

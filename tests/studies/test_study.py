@@ -34,7 +34,12 @@ SMALL: dict[str, Any] = {
         {
             "title": "Without labels",
             "runs": {"masked": {"recipe": "digits-mae", "label": "MAE"}},
-            "measures": [{"kind": "probe"}, {"kind": "dense"}, {"kind": "heads"}],
+            "measures": [
+                {"kind": "probe"},
+                {"kind": "probe", "name": "elsewhere", "dataset": "nowhere/to/be/found"},
+                {"kind": "dense"},
+                {"kind": "heads"},
+            ],
         },
         {
             "title": "With labels",
@@ -324,7 +329,9 @@ def test_an_interrupted_study_goes_on_and_answers(small: Path, capsys: pytest.Ca
     before = (out / "masked" / "seed0" / "model" / "model.safetensors").stat().st_mtime_ns
     main(["study", str(small / "small.yaml"), "--output", str(out)])
     said = capsys.readouterr().out
-    assert said.startswith("1 of 7: MAE, seed 0: finished\n2 of 7: scratch, seed 0: ")
+    absent = "elsewhere left out, which the same command measures later: "
+    assert said.startswith(absent)
+    assert "\n1 of 7: MAE, seed 0: finished\n2 of 7: scratch, seed 0: " in said
     assert (out / "masked" / "seed0" / "model" / "model.safetensors").stat().st_mtime_ns == before
     assert re.search(r"^Does MAE help\? (Yes|No|Undecided)\.$", said, re.MULTILINE)
     assert said.endswith(f"report {out / 'report.html'}\n")
@@ -374,6 +381,7 @@ def test_an_interrupted_study_goes_on_and_answers(small: Path, capsys: pytest.Ca
     reader = Reader()
     reader.feed(page)
     assert "prove nothing" not in page
+    assert "because the images could not be had: elsewhere." in reader.text
     assert len(reader.sources) == 4
     assert all(source.startswith("data:image/png;base64,") for source in reader.sources)
     for own in found["answers"]:

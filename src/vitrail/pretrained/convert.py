@@ -217,6 +217,8 @@ def _library_difference(
 
 
 def _library_logits(images: Tensor, model: Encoder, target: Path, to: Target) -> Tensor:
+    import vitrail.torchvision_ops  # noqa: F401  (before timm and transformers, which import torchvision)
+
     if to == "timm":
         import timm as library  # beside our formats.timm
 

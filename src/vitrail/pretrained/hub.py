@@ -14,8 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData, create_repo, upload_folder
-
 from vitrail.files import write_whole
 from vitrail.models import SHORT_NAMES, VARIANTS
 from vitrail.pretrained.convert import import_model
@@ -65,6 +63,8 @@ def push_to_hub(source: str | Path, repo_id: str, *, private: bool = False, toke
     Raises:
         ValueError: There is no model in `source`, or the hub does not take it; in one line.
     """
+    from huggingface_hub import create_repo, upload_folder
+
     if not _REPOSITORY.fullmatch(repo_id):
         raise ValueError(f"repo_id: expected owner/name, got {repo_id!r}")
     with tempfile.TemporaryDirectory() as folder:
@@ -141,6 +141,8 @@ def model_card(stored: ModelFolder, source: Path, repo_id: str) -> str:
 
 def _header(title: str, classifies: bool, evaluations: dict[tuple[str, str], dict[str, Any]]) -> str:
     """The YAML that the hub reads."""
+    from huggingface_hub import EvalResult, ModelCardData
+
     task = "image-classification" if classifies else "image-feature-extraction"
     results = [
         EvalResult(

@@ -10,7 +10,8 @@
 | `owner/name` | a hub repository of ours, of transformers or of timm |
 
 Mean, standard deviation, size and crop come with every source that has them; those of a bare file are told
-only where its form leaves no doubt.
+only where its form leaves no doubt. What speaks to the network is imported where it is needed: it takes a
+tenth as long as importing torch, and most models lie on the disk.
 """
 
 from __future__ import annotations
@@ -23,11 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-
 from vitrail.models import SHORT_NAMES, VARIANTS
-from vitrail.pretrained.download import download
 from vitrail.pretrained.folder import read_folder_config
 from vitrail.pretrained.formats import Format, timm, torchvision, transformers
 
@@ -76,7 +73,7 @@ def find_weights(text: str | Path, *, revision: str | None = None) -> Weights:
     if origin.startswith("torchvision:"):
         return _torchvision(origin)
     if _ADDRESS.match(origin):
-        return Weights(origin=origin, file=download(origin))
+        return Weights(origin=origin, file=_download(origin))
     path = Path(text)
     if path.is_file():
         return Weights(origin=origin, file=path)
@@ -122,6 +119,9 @@ def _hub_name(origin: str) -> str | None:
 
 def _fetch(repository: str, revision: str | None, origin: str) -> Path:
     """A hub repository's folder here; what was downloaded before is used where the hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
     here = f"no folder {origin} here" if origin == repository else f"{origin} is not here"
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(HUB_FILES)))
@@ -135,6 +135,12 @@ def _fetch(repository: str, revision: str | None, origin: str) -> Path:
     except Exception as error:  # the errors of the hub's HTTP client have no common kind
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 160, placeholder=" ...")
         raise ValueError(f"{here}, and the hub did not give it ({reason})") from None
+
+
+def _download(address: str) -> Path:
+    from vitrail.pretrained.download import download
+
+    return download(address)
 
 
 def _folder(folder: Path, origin: str) -> Weights:
@@ -185,9 +191,8 @@ def _folder(folder: Path, origin: str) -> Weights:
 
 def _torchvision(origin: str) -> Weights:
     """torchvision's own tables say where the file is, its digest, its classes and its preprocessing."""
+    import vitrail.torchvision_ops  # noqa: F401, I001  (before torchvision)
     from torchvision.models import get_model_weights
-
-    import vitrail.torchvision_ops  # noqa: F401
 
     name, _, tag = origin.removeprefix("torchvision:").partition(".")
     if name not in torchvision.VARIANTS:
@@ -200,7 +205,7 @@ def _torchvision(origin: str) -> Weights:
     crop, resized = prepared.crop_size[0], prepared.resize_size[0]
     return Weights(
         origin=origin,
-        file=download(weights.url),
+        file=_download(weights.url),
         name=torchvision.VARIANTS[name],
         changes={"num_classes": len(weights.meta["categories"]), "img_size": crop},
         classes=tuple(weights.meta["categories"]),
@@ -228,9 +233,8 @@ def _class_names(labels: Any, num_classes: int) -> tuple[str, ...]:
         return tuple(map(str, labels))
     if num_classes != 1000:
         return ()
+    import vitrail.torchvision_ops  # noqa: F401, I001  (before torchvision)
     from torchvision.models import Swin_T_Weights
-
-    import vitrail.torchvision_ops  # noqa: F401
 
     return tuple(Swin_T_Weights.IMAGENET1K_V1.meta["categories"])
 

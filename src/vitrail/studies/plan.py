@@ -25,7 +25,7 @@ Keys with a dot are values of the run's config, those without say where it comes
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -161,13 +161,21 @@ class Study:
     questions: tuple[Question, ...]
     quick: bool
     """A try with very short runs, whose answers prove nothing."""
-    left_out: tuple[str, ...]
-    """Measures that a quick study leaves out."""
+    left_out: tuple[str, ...] = ()
+    """Measures that it leaves out: those on other images, with --quick or where these cannot be had."""
 
     @property
     def runs(self) -> tuple[Planned, ...]:
         """The runs of all parts, in the order in which they are made."""
         return tuple(run for part in self.parts for run in part.runs)
+
+    def without(self, measures: Collection[Measure]) -> Study:
+        """The same without some of its measures."""
+        parts = tuple(
+            replace(part, measures=tuple(own for own in part.measures if own not in measures))
+            for part in self.parts
+        )
+        return replace(self, parts=parts, left_out=(*self.left_out, *(own.title for own in measures)))
 
 
 def plan_study(
@@ -227,18 +235,16 @@ def plan_study(
     for question in file.questions:
         for claim in question.parts:
             _check_claim(f"study {name}, {question.ask!r}", claim, parts)
-    return Study(
+    study = Study(
         name=Path(name).stem,
         title=file.title,
         about=" ".join(file.about.split()),
-        parts=tuple(
-            replace(part, measures=tuple(own for own in part.measures if not (quick and own.dataset)))
-            for part in parts
-        ),
+        parts=tuple(parts),
         questions=file.questions,
         quick=quick,
-        left_out=tuple(own.title for part in parts for own in part.measures if quick and own.dataset),
     )
+    elsewhere = [own for part in parts for own in part.measures if own.dataset]
+    return study.without(elsewhere) if quick else study
 
 
 def _planned(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vitrail.datasets import load_section
 from vitrail.files import write_whole
 from vitrail.studies.compare import NAMES, Row, runs_csv
 from vitrail.studies.intervals import Estimate, difference, joined
@@ -102,6 +103,9 @@ class StudyResult:
 def run_study(study: Study, *, command: str, say: Callable[[str], None]) -> StudyResult:
     """Bring every run of a study to its end, measure, and answer its questions.
 
+    Measures on other images are left out where these cannot be had: the rest is worth having, and the same
+    command measures them once the images are there.
+
     Args:
         study: From `plan_study`.
         command: What the manifests and the report state as the command.
@@ -111,6 +115,7 @@ def run_study(study: Study, *, command: str, say: Callable[[str], None]) -> Stud
         ValueError: A folder holds another run, or as `train`.
         KeyboardInterrupt: Ctrl-C; the run at hand was saved.
     """
+    study = _with_data_at_hand(study, say)
     total, count = sum(run.seeds for run in study.runs), 0
     parts = []
     for part in study.parts:
@@ -142,6 +147,22 @@ def run_study(study: Study, *, command: str, say: Callable[[str], None]) -> Stud
             for question in study.questions
         ),
     )
+
+
+def _with_data_at_hand(study: Study, say: Callable[[str], None]) -> Study:
+    """A study without the measures whose images cannot be had; found out before anything is trained."""
+    absent = []
+    for part in study.parts:
+        for measure in part.measures:
+            if measure.dataset is None:
+                continue
+            wanted = part.runs[0].configs[0].data.model_copy(update={"name": measure.dataset})
+            try:
+                load_section(wanted)
+            except ValueError as error:
+                say(f"{measure.title} left out, which the same command measures later: {error}")
+                absent.append(measure)
+    return study.without(absent)
 
 
 def write_numbers(folder: Path, found: StudyResult) -> None:

@@ -74,10 +74,9 @@ def build(config: Any) -> nn.Module:
         ValueError: torchvision has no such model.
     """
     # Imported here: torchvision takes a second, and only this function needs it.
+    import vitrail.torchvision_ops  # noqa: F401, I001  (before torchvision)
     from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
     from torchvision.models.vision_transformer import VisionTransformer
-
-    import vitrail.torchvision_ops  # noqa: F401
 
     kind = type(config).__name__.removesuffix("Config")
     fixed: dict[str, Any] = {"in_chans": 3}
