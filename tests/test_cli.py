@@ -19,6 +19,8 @@ from sklearn.datasets import load_digits
 
 from vitrail.cli import main
 from vitrail.cli.words import parse_overrides
+from vitrail.models import build_model
+from vitrail.pretrained import save_model
 
 ROOT = Path(__file__).parent.parent
 Run = Callable[[str], tuple[int, str, str]]
@@ -114,6 +116,25 @@ def test_evaluate_predict_and_report_use_the_run(work_folder: Path, run: Run) ->
     (work_folder / "runs" / "demo" / "report.html").unlink()
     assert run("report runs/demo")[1] == "report runs/demo/report.html\n"
     assert (work_folder / "runs" / "demo" / "report.html").exists()
+
+
+def test_a_model_of_another_library_is_evaluated_as_it_is(work_folder: Path, run: Run) -> None:
+    name = "vit_tiny_patch16_224"
+    model = build_model(
+        name, depth=1, img_size=8, patch_size=4, embed_dim=24, num_heads=2, in_chans=1, num_classes=10
+    )
+    prepared = {"img_size": [8, 8], "in_chans": 1, "mean": [0.3], "std": [0.4], "interpolation": "bicubic"}
+    classes = json.loads((work_folder / "runs" / "demo" / "model" / "config.json").read_text())["classes"]
+    save_model("part", model, name=name, classes=classes, preprocessing=prepared)
+    said = run("convert part theirs --to timm")[2]
+    assert said == "vitrail: preprocessing: crop_ratio is missing\n"
+    save_model("ours", model, name=name, classes=classes, preprocessing=prepared | {"crop_ratio": 1.0})
+    assert run("convert ours theirs --to timm")[0] == 0
+    found = [json.loads(run(f"evaluate {own} --dataset digits --json")[1]) for own in ("ours", "theirs")]
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+    for verb in ("summary", "bench"):
+        said = run(f"{verb} ./theirs")[2]
+        assert "theirs holds a model of timm or transformers; `vitrail convert ./theirs FOLDER`" in said
 
 
 def test_a_dry_run_trains_nothing(work_folder: Path, run: Run) -> None:

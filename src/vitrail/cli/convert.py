@@ -28,6 +28,7 @@ def add(verbs: Verbs) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write a model in the other form and print what reading it back has shown."""
+    from vitrail.datasets import Preprocessing
     from vitrail.pretrained import export_model, import_model
 
     if (options.mean is None) != (options.std is None):
@@ -35,6 +36,7 @@ def run(options: argparse.Namespace) -> None:
     if options.target.exists() and (not options.target.is_dir() or any(options.target.iterdir())):
         raise ValueError(f"{options.target} is not an empty folder: choose another target")
     model, report = import_model(options.source, model=options.model, mean=options.mean, std=options.std)
+    Preprocessing.from_dict(model.preprocessing)  # complete, or refused before anything is written
     print(report.text())
     check = export_model(model, options.target, options.to)
     print(f"{options.target}: {options.to}; read back, its logits differ by {check.read_back:.2g}")

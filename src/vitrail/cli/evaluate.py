@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def add(verbs: Verbs) -> None:
     """Add `evaluate` to the verbs."""
     parser = verbs.add_parser("evaluate", help="test a trained model on a data set")
-    parser.add_argument("run", metavar="RUN", help="run folder or model folder")
+    parser.add_argument(
+        "run", metavar="RUN", help="run folder, model folder, timm:NAME.TAG, torchvision:NAME or owner/name"
+    )
     parser.add_argument("--dataset", help="data set to test on; the run's own when not given")
     parser.add_argument("--root", type=Path, help="folder with data sets; else VITRAIL_DATA")
     parser.add_argument("--batch-size", "--batch_size", type=int, default=500, help="images at a time")
@@ -30,7 +32,7 @@ def add(verbs: Verbs) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Test a model, keep the numbers in its folder, and print them."""
+    """Test a model, keep the numbers in its folder where it has one, and print them."""
     from dataclasses import asdict
 
     import torch
@@ -39,22 +41,22 @@ def run(options: argparse.Namespace) -> None:
     from vitrail.datasets import Preprocessing
     from vitrail.datasets.items import first_names
     from vitrail.evaluation.corruptions import robustness
-    from vitrail.pretrained import load_model
     from vitrail.pretrained.compiled import load_compiled
+    from vitrail.pretrained.hub import from_pretrained
     from vitrail.training import evaluate_and_write
 
-    folder = Path(options.run)
-    stored = load_model(folder)
-    recipe = folder / "config.yaml"
+    stored = from_pretrained(options.run)
+    folder = Path(options.run) if Path(options.run).is_dir() else None
+    recipe = Path(options.run) / "config.yaml"
     if options.dataset is None and not recipe.is_file():
-        raise ValueError(f"{folder} is a model folder, which names no data set: give one with --dataset")
+        raise ValueError(f"{options.run} is a model alone, which names no data set: give one with --dataset")
     data = load_config(recipe).data if recipe.is_file() else DataSection()
     wanted = {"name": options.dataset or data.name, "root": options.root or data.root}
     test = load_test_images(data.model_copy(update=wanted), stored.preprocessing)
     name = test.name
     if not stored.model.has_head:
         raise ValueError(
-            f"{folder} has no head to test; judge its features with `vitrail probe {folder} {name}`"
+            f"{options.run} has no head to test; judge its features with `vitrail probe {options.run} {name}`"
         )
     if test.classes != stored.classes:
         raise ValueError(
@@ -62,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
             f"{len(test.classes)} of {name} ({first_names(test.classes)})"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compiled = load_compiled(folder) if device.type == "cpu" else None
+    compiled = load_compiled(options.run) if device.type == "cpu" else None
     model = stored.model if compiled is None else compiled
     preprocessing = Preprocessing.from_dict(stored.preprocessing)
     metrics = evaluate_and_write(

@@ -115,6 +115,11 @@ def read_folder_config(path: str | Path) -> FolderConfig:
     file = find_model_folder(path) / "config.json"
     try:
         stored = json.loads(file.read_text())
+        if "model" not in stored and {"architecture", "model_type"} & set(stored):
+            raise ValueError(
+                f"{path} holds a model of timm or transformers; `vitrail convert {path} FOLDER` makes one of "
+                "Vitrail of it"
+            )
         return FolderConfig(
             name=stored["model"],
             changes={key: tuple(v) if isinstance(v, list) else v for key, v in stored["config"].items()},

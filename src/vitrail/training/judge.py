@@ -107,7 +107,7 @@ class Judge:
 
 
 def evaluate_and_write(
-    folder: Path,
+    folder: Path | None,
     model: nn.Module,
     preprocessing: Preprocessing,
     images: Images,
@@ -115,7 +115,7 @@ def evaluate_and_write(
     batch_size: int,
     device: torch.device,
 ) -> ClassificationMetrics:
-    """Test a classifier on an image set and keep the numbers in `folder/evaluation/`."""
+    """Test a classifier on an image set and keep the numbers in `folder/evaluation/`, if there is one."""
     logits = predict_logits(model, images, preprocessing, batch_size=batch_size, device=device)
     return _classified(logits, images, folder)
 
