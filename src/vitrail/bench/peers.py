@@ -160,24 +160,12 @@ def _timm(name: str, ours: Encoder) -> nn.Module:
 
 
 def _transformers(name: str, ours: Encoder) -> nn.Module:
-    import transformers
-
-    from vitrail.pretrained.formats.transformers import write_config
-    from vitrail.shipping.ahead import quiet
+    from vitrail.pretrained.formats.transformers import load_theirs, write_config
 
     described = write_config(ours.config, ())
-    with quiet():  # its models import torchao
-        architecture = getattr(transformers, described["architectures"][0])
     converted = to_theirs(ours.state_dict(), "transformers", ours.config)
     state = {key: tensor.clone() for key, tensor in converted.items()}  # it would keep ours otherwise
-    config = architecture.config_class.from_dict(described)
-    speaks = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return Logits(architecture.from_pretrained(None, config=config, state_dict=state))
-    finally:
-        if speaks:
-            transformers.utils.logging.enable_progress_bar()
+    return Logits(load_theirs(described["architectures"][0], None, config=described, state_dict=state))
 
 
 def _torchvision(name: str, ours: Encoder) -> nn.Module:

@@ -217,17 +217,15 @@ def _library_difference(
 
 
 def _library_logits(images: Tensor, model: Encoder, target: Path, to: Target) -> Tensor:
-    import vitrail.torchvision_ops  # noqa: F401  (before timm and transformers, which import torchvision)
-
     if to == "timm":
+        import vitrail.torchvision_ops  # noqa: F401, I001  (before timm, which imports torchvision)
         import timm as library  # beside our formats.timm
 
         return library.create_model(f"local-dir:{target}", pretrained=True).eval()(images)
     if to == "transformers":
-        import transformers as library
-
-        architecture = getattr(library, transformers.family_of(model.config).architecture)
-        return architecture.from_pretrained(target).eval()(images).logits
+        theirs = transformers.load_theirs(transformers.family_of(model.config).architecture, target)
+        logits: Tensor = theirs.eval()(images).logits
+        return logits
     peer = torchvision.build(model.config).eval()
     peer.load_state_dict(torch.load(target / "model.pth", weights_only=True))
     return peer(images)

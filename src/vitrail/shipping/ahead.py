@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +11,7 @@ from torch._inductor import config as inductor
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
+from vitrail.noise import quiet
 from vitrail.pretrained.compiled import LARGEST_BATCH
 
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
@@ -58,21 +56,3 @@ def compile_ahead(model: nn.Module, image_shape: Sequence[int], package: Path) -
     # the one that compiles it.
     with quiet(), inductor.patch({"freezing": True, "cpp.dynamic_threads": True}):
         torch._inductor.aoti_compile_and_package(export(model, image_shape), package_path=str(package))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what torch and torchao say of themselves at their import and at work, and nothing else."""
-    loggers = [logging.getLogger("torchao"), logging.getLogger("torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        # In the lowering of quantised layers, torch 2.13.
-        warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning)
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrail.shipping.ahead import export, quiet
+from vitrail.noise import quiet
+from vitrail.shipping.ahead import export
 
 
 def why_no_int8() -> str | None:

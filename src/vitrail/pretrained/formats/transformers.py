@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from vitrail.models.pvt_v2 import PVTv2Config
 from vitrail.models.swin import SwinConfig
 from vitrail.models.swin_v2 import SwinV2Config
 from vitrail.models.vit import ViTConfig
+from vitrail.noise import quiet
 from vitrail.pretrained.names import Rule, joined, renamed
 
 IGNORED = {
@@ -461,6 +463,34 @@ def write_preprocessing(ours: Mapping[str, Any]) -> dict[str, Any]:
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
     }
+
+
+def load_theirs(
+    architecture: str, source: Path | None, *, config: Mapping[str, Any] | None = None, **options: Any
+) -> Any:
+    """A model of transformers, without its progress bar and what is said while it is imported.
+
+    Args:
+        architecture: Name of its class.
+        source: What its `from_pretrained` takes.
+        config: As `write_config` gives it, where the source has none.
+        options: Further ones of `from_pretrained`.
+    """
+    import vitrail.torchvision_ops  # noqa: F401  (before transformers, which imports torchvision)
+
+    with quiet():  # its models import torchao
+        import transformers
+
+        kind = getattr(transformers, architecture)
+    if config is not None:
+        options["config"] = kind.config_class.from_dict(config)
+    speaks = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return kind.from_pretrained(source, **options)
+    finally:
+        if speaks:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _trained_windows(theirs: Mapping[str, Any]) -> tuple[int, ...]:
