@@ -47,6 +47,14 @@ def _run(folder: str, resume: bool) -> None:
     train(_config(resume), Path(folder), command="")
 
 
+def _last_written(folder: Path) -> int:
+    """When a step was last logged; 0: never."""
+    try:
+        return (folder / "metrics.jsonl").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def _records(folder: Path) -> list[dict]:
     """The metrics without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -71,15 +79,21 @@ def test_killed_runs_resume_to_the_same_bits(whole: tuple[Path, float], tmp_path
     folder = tmp_path / "run"
     kills = written = 0
     while kills < KILLS:
+        before = _last_written(folder)
         process = context.Process(target=_run, args=(str(folder), folder.exists()))
         process.start()
-        deadline = time.monotonic() + moments.uniform(0.0, 1.5 * seconds / max(KILLS - 1, 1)) + 1.0
+        # From its first step on, which comes sooner or later by the machine: all kills together leave half
+        # of the run.
+        patience = moments.uniform(0.0, seconds / KILLS)
+        deadline, hopeless = None, time.monotonic() + 120
         # Every other kill waits for a checkpoint that is being written.
-        while process.is_alive() and time.monotonic() < deadline + 60:
+        while process.is_alive() and time.monotonic() < hopeless:
             if kills % 2 and any(folder.glob("checkpoints/*.part")):
                 written += 1
                 break
-            if kills % 2 == 0 and time.monotonic() > deadline:
+            if deadline is None and _last_written(folder) != before:
+                deadline = time.monotonic() + patience
+            if kills % 2 == 0 and deadline is not None and time.monotonic() > deadline:
                 break
         if not process.is_alive():
             break  # it came to its end before the blow
