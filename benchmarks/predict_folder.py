@@ -141,7 +141,7 @@ def measure(repetitions: int, quick: bool) -> dict[str, Any]:
         own = ["vitrail"] if quick else list(OWN)
         if not quick:
             # Random weights: how many answers stay the same is said below, and no reason to refuse.
-            data = load_dataset("scenes")
+            data = load_dataset("scenes", in_chans=3)
             optimize(
                 load_model(work / "model"), work / "compiled", precision="bf16", data=data, agreement=0.01
             )
