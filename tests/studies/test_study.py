@@ -389,6 +389,14 @@ def test_an_interrupted_study_goes_on_and_answers(small: Path, capsys: pytest.Ca
         assert all(sentence in reader.text for sentence in own["sentences"])
     assert f"{100 * rows['tuned']['test']['value']:.2f} (" in reader.text
 
+    # What was measured while the images were there stays.
+    probe = json.loads((out / "masked" / "seed0" / "measures" / "probe.json").read_text())
+    probe["asked"] |= {"name": "elsewhere", "dataset": "nowhere/to/be/found"}
+    (out / "masked" / "seed0" / "measures" / "elsewhere.json").write_text(json.dumps(probe))
+    again = run_study(study, command="", say=lambda line: None)
+    assert again.study.left_out == ()
+    assert again.parts[0].measured[0]["elsewhere.linear"].value == probe["numbers"]["linear"]["value"]
+
     # A measure that is asked otherwise is measured anew.
     other = _changed(parts__1__measures=[{"kind": "robustness", "corruptions": ["blur"]}], questions=[])
     again = plan_study(_file(small, other), out)

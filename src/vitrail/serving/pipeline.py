@@ -131,6 +131,7 @@ def _in_turns(
                 del opened[: len(batch)]
     finally:
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _classified(

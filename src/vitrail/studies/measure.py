@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -73,19 +74,34 @@ def unit_of(number: str) -> Unit:
     return Unit(name=f"{measure}, {found.name}", percent=found.percent, digits=found.digits, unit=found.unit)
 
 
+def kept(folder: Path, measure: Measure) -> dict[str, Estimate] | None:
+    """The numbers of a measure that a run folder holds; None where it was not measured or asked otherwise."""
+    file = _file(folder, measure)
+    if not file.is_file():
+        return None
+    stored = json.loads(file.read_text())
+    if stored["asked"] != measure.model_dump(mode="json"):
+        return None
+    return {name: Estimate(**own) for name, own in stored["numbers"].items()}
+
+
 def measured(run: FinishedRun, measure: Measure) -> dict[str, Estimate]:
     """The numbers of a measure on a run: read where they were measured before, else measured and written."""
-    file = run.folder / "measures" / f"{measure.title.replace('/', '_')}.json"
-    asked = measure.model_dump(mode="json")
-    if file.is_file():
-        stored = json.loads(file.read_text())
-        if stored["asked"] == asked:
-            return {name: Estimate(**own) for name, own in stored["numbers"].items()}
+    if (found := kept(run.folder, measure)) is not None:
+        return found
     found = _measure(run, measure)
+    file = _file(run.folder, measure)
     file.parent.mkdir(exist_ok=True)
-    content = {"asked": asked, "numbers": {name: own.to_dict() for name, own in found.items()}}
+    content = {
+        "asked": measure.model_dump(mode="json"),
+        "numbers": {name: own.to_dict() for name, own in found.items()},
+    }
     write_whole(file, json.dumps(content, indent=1) + "\n")
     return found
+
+
+def _file(folder: Path, measure: Measure) -> Path:
+    return folder / "measures" / f"{measure.title.replace('/', '_')}.json"
 
 
 def _measure(run: FinishedRun, measure: Measure) -> dict[str, Estimate]:

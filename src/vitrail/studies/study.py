@@ -22,7 +22,7 @@ from vitrail.datasets import load_section
 from vitrail.files import write_whole
 from vitrail.studies.compare import NAMES, Row, runs_csv
 from vitrail.studies.intervals import Estimate, difference, joined
-from vitrail.studies.measure import measured, unit_of
+from vitrail.studies.measure import kept, measured, unit_of
 from vitrail.studies.plan import Claim, Planned, PlannedPart, Question, Study
 from vitrail.studies.runs import finish_run, is_finished
 from vitrail.training import estimate
@@ -150,11 +150,15 @@ def run_study(study: Study, *, command: str, say: Callable[[str], None]) -> Stud
 
 
 def _with_data_at_hand(study: Study, say: Callable[[str], None]) -> Study:
-    """A study without the measures whose images cannot be had; found out before anything is trained."""
+    """A study without the measures whose images cannot be had; found out before anything is trained.
+
+    Images that every run was measured on already need not be there.
+    """
     absent = []
     for part in study.parts:
         for measure in part.measures:
-            if measure.dataset is None:
+            folders = [folder for run in part.runs for folder in run.folders]
+            if measure.dataset is None or all(kept(folder, measure) for folder in folders):
                 continue
             wanted = part.runs[0].configs[0].data.model_copy(update={"name": measure.dataset})
             try:
