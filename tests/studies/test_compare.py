@@ -160,3 +160,22 @@ def test_the_command_prints_the_table_or_json(
     assert found["settings"]["depth"] == ["1", "2"]
     reader = csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text()))
     assert [float(line["test"]) for line in reader] == [row["test"]["value"] for row in found["rows"]]
+
+
+def test_the_time_of_an_image_is_measured_when_asked_for(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(finished / name) for name in ("shallow/seed0", "shallow/seed1", "deep")]
+    words = ["compare", *runs, "--output", str(tmp_path), "--latency"]
+    main([*words, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    shallow, deep = (row["latency"] for row in found["rows"])
+    assert len(shallow["raw_s"]) == len(deep["raw_s"]) >= 20  # in turns
+    assert 0 < shallow["median_s"] < deep["median_s"] < 0.1
+    assert "thread" in found["timed_on"] or "NVIDIA" in found["timed_on"]
+    with (tmp_path / "compare.csv").open() as file:
+        times = [float(line["ms_per_image"]) for line in csv.DictReader(file)]
+    assert times[0] == times[1] == pytest.approx(1000 * shallow["median_s"])
+    header = (tmp_path / "compare.md").read_text().splitlines()[0]
+    assert "ms an image" in header
+    assert "ms an image" not in compare([finished / "deep"]).text()

@@ -1,6 +1,6 @@
 """Many runs, one table: side by side, swept over values, or as a study with questions and answers."""
 
-from vitrail.studies.compare import Comparison, Row, compare, write_comparison
+from vitrail.studies.compare import Comparison, Row, compare, with_latency, write_comparison
 from vitrail.studies.page import write_study
 from vitrail.studies.plan import Study, plan_study
 from vitrail.studies.runs import FinishedRun, read_run
@@ -24,6 +24,7 @@ __all__ = [
     "read_run",
     "run_study",
     "run_sweep",
+    "with_latency",
     "write_comparison",
     "write_study",
     "write_sweep",

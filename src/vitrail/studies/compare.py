@@ -15,18 +15,21 @@ import io
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import matplotlib
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from vitrail.evaluation.timing import summary
 from vitrail.explain.draw import WIDTH, label, png, styled
 from vitrail.files import write_whole
 from vitrail.studies.intervals import Estimate, joined
+from vitrail.studies.latency import latencies
 from vitrail.studies.runs import FinishedRun, Score, read_run, settings
 
 NAMES: dict[Score, str] = {"accuracy": "accuracy", "knn_accuracy": "k-NN accuracy"}
@@ -46,6 +49,8 @@ class Row:
 
     name: str
     runs: tuple[FinishedRun, ...]
+    latency: tuple[float, ...] | None = None
+    """Seconds of each timed pass of one image through the model of the first run; None: it was not timed."""
 
     @property
     def score(self) -> Score:
@@ -80,6 +85,7 @@ class Row:
             "images_seen": first.images_seen,
             "petaflop": first.petaflop,
             "seconds": self.seconds,
+            "latency": None if self.latency is None else summary(self.latency),
             "val": None if self.val is None else self.val.to_dict(),
             "test": None if self.test is None else self.test.to_dict(),
         }
@@ -110,6 +116,8 @@ class Comparison:
     """Runs side by side."""
 
     rows: tuple[Row, ...]
+    timed_on: str | None = None
+    """Device and threads; None: nothing was timed."""
 
     def text(self) -> str:
         """The tables in Markdown, and what has to be said about them."""
@@ -121,13 +129,21 @@ class Comparison:
             lines = tuple((key, *values) for key, values in differing.items())
             parts.append(Table(header=("setting", *names), rows=lines).markdown())
         parts.append(INTERVALS + "\n")
+        if self.timed_on is not None:
+            parts.append(
+                f"ms an image: one image at a time, median of passes taken in turns, on {self.timed_on}.\n"
+            )
         if (other := _tested_apart(self.rows)) is not None:
             parts.append(other + "\n")
         return "\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain numbers, ready for JSON."""
-        return {"rows": [row.to_dict() for row in self.rows], "settings": differing_settings(self.rows)}
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "settings": differing_settings(self.rows),
+            "timed_on": self.timed_on,
+        }
 
 
 def compare(folders: Sequence[Path]) -> Comparison:
@@ -149,6 +165,18 @@ def compare(folders: Sequence[Path]) -> Comparison:
     return Comparison(
         rows=tuple(Row(name=name, runs=tuple(own)) for name, own in zip(names, runs, strict=True))
     )
+
+
+def with_latency(found: Comparison) -> Comparison:
+    """The same with the time of one image: the models of the rows in turns, on the GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seconds = latencies([row.runs[0].folder for row in found.rows], device)
+    rows = tuple(replace(row, latency=own) for row, own in zip(found.rows, seconds, strict=True))
+    threads = torch.get_num_threads()
+    where = f"{threads} CPU thread{'s' * (threads > 1)}"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return replace(found, rows=rows, timed_on=where)
 
 
 def write_comparison(folder: Path, found: Comparison) -> None:
@@ -182,6 +210,9 @@ def numbers(rows: Sequence[Row], further: dict[str, list[str]] | None = None) ->
         ("petaFLOP", [f"{row.runs[0].petaflop:.3g}" for row in rows]),
         ("seconds", [f"{row.seconds:,.0f}" for row in rows]),
     ]
+    times = [row.latency for row in rows]
+    if any(own is not None for own in times):
+        shown.append(("ms an image", ["-" if own is None else f"{1000 * median(own):.3g}" for own in times]))
     for score, name in NAMES.items():
         if any(row.score == score for row in rows):
             for split in ("val", "test"):
@@ -213,6 +244,7 @@ def runs_csv(rows: Sequence[Row]) -> str:
             "images_seen": run.images_seen,
             "petaflop": run.petaflop,
             "seconds": run.seconds,
+            **({} if row.latency is None else {"ms_per_image": 1000 * median(row.latency)}),
             "score": run.score,
             "val": None if run.val is None else run.val.value,
             "test": None if run.test is None else run.test.value,
