@@ -73,6 +73,11 @@ def test_too_few_patches() -> None:
         block_masking(4, (1, 1))
 
 
+def test_more_blocks_than_leave_a_context() -> None:
+    with pytest.raises(ValueError, match="50 target blocks leave less than a quarter of 4 x 4 patches"):
+        block_masking(2, (4, 4), 50)
+
+
 @given(
     rows=st.integers(1, 15),
     columns=st.integers(2, 15),

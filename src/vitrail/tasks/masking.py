@@ -23,6 +23,10 @@ from vitrail.components.patch import patch_grid
 from vitrail.components.position import Grid
 
 
+_DRAWS = 10_000
+"""How often the blocks of an image are drawn before it is plain that they never leave it a context."""
+
+
 class Masking(NamedTuple):
     """Which patches are shown and which are hidden; together each of them once."""
 
@@ -112,7 +116,7 @@ def block_masking(batch: int, grid: Grid, count: int = 4, generator: torch.Gener
             GPU would have to be waited for.
 
     Raises:
-        ValueError: The grid has fewer than two patches.
+        ValueError: The grid has fewer than two patches, or so many blocks leave no context.
     """
     patches = grid[0] * grid[1]
     if patches < 2:
@@ -123,7 +127,9 @@ def block_masking(batch: int, grid: Grid, count: int = 4, generator: torch.Gener
     targets = torch.empty(batch, count, target_size[0] * target_size[1], dtype=torch.long)
     context = torch.zeros(batch, patches, dtype=torch.bool)
     missing = torch.arange(batch)
-    while len(missing):
+    for _ in range(_DRAWS):
+        if not len(missing):
+            break
         blocks = _place_blocks(len(missing), count, target_size, grid, generator)
         around = _place_blocks(len(missing), 1, context_size, grid, generator)
         free = torch.zeros(len(missing), patches, dtype=torch.bool)
@@ -131,6 +137,11 @@ def block_masking(batch: int, grid: Grid, count: int = 4, generator: torch.Gener
         enough = free.sum(dim=1) * 4 >= patches
         targets[missing[enough]], context[missing[enough]] = blocks[enough], free[enough]
         missing = missing[~enough]
+    else:
+        raise ValueError(
+            f"{count} target blocks leave less than a quarter of {grid[0]} x {grid[1]} patches as context, "
+            f"drawn {_DRAWS:,} times: take fewer targets or smaller patches"
+        )
     fewest = int(context.sum(dim=1).min())
     order = torch.rand(batch, patches, generator=generator).masked_fill(~context, 2.0).argsort(dim=1)
     return Blocks(order[:, :fewest], targets)
