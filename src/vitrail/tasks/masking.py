@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from vitrail.components.patch import patch_grid
 from vitrail.components.position import Grid
 
-
 _DRAWS = 10_000
 """How often the blocks of an image are drawn before it is plain that they never leave it a context."""
 
