@@ -11,7 +11,7 @@ import difflib
 import fnmatch
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from vitrail.models import cait, cct, crossvit, deit, diffvit, pvt, pvt_v2, swin, swin_v2, video_vit, vit
 from vitrail.models.encoder import Encoder, Features, Stage
@@ -23,6 +23,7 @@ __all__ = [
     "Features",
     "Stage",
     "build_model",
+    "fitted",
     "list_models",
     "model_config",
 ]
@@ -70,6 +71,9 @@ SHORT_NAMES = {
     "video_vit_base": "video_vit_base_patch16_224",
 }
 
+_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
+"""Options may be modules."""
+
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the variants that match a shell-style pattern, sorted."""
@@ -87,11 +91,11 @@ def model_config(name: str, **changes: Any) -> Any:
         raise ValueError(f"unknown model {name!r}: {_nearest(name, VARIANTS)}")
     config = VARIANTS[name]
     fields = get_type_hints(type(config))
-    for key, value in changes.items():
+    for key in changes:
         if key not in fields:
             raise ValueError(f"model {name} has no option {key!r}: {_nearest(key, fields)}")
-        _check(name, key, value, fields[key])
-    return dataclasses.replace(config, **changes)
+    fitting = {key: fitted(f"model {name}", key, value, fields[key]) for key, value in changes.items()}
+    return dataclasses.replace(config, **fitting)
 
 
 def build_model(name: str, **changes: Any) -> Encoder:
@@ -99,13 +103,24 @@ def build_model(name: str, **changes: Any) -> Encoder:
     return model_config(name, **changes).build()
 
 
-def _check(name: str, key: str, value: Any, annotation: Any) -> None:
-    """Refuse values of the wrong kind: text from a command line reaches the configs here."""
+def fitted(owner: str, option: str, value: Any, annotation: Any) -> Any:
+    """A value as the kind that an option takes; what a command line or a file says reaches its owner here.
+
+    Args:
+        owner: Whose option, for the message: `task mae`.
+        option: Its name.
+        value: As it came: text for a number, a list for a tuple.
+        annotation: The kind.
+
+    Raises:
+        ValueError: It is of another kind.
+    """
     try:
-        TypeAdapter(annotation).validate_python(value)
+        return TypeAdapter(annotation, config=_ANY_CLASS).validate_python(value)
     except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        raise ValueError(f"model {name}, option {key}: {problem}, got {value!r}") from None
+        # "Input should be a valid number, unable to parse string as a number"
+        expected = error.errors()[0]["msg"].replace("Input should be", "expected").partition(", unable")[0]
+        raise ValueError(f"{owner}, option {option}: {expected}, got {value!r}") from None
 
 
 def _nearest(name: str, known: Any) -> str:

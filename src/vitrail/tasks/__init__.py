@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, get_type_hints
 
 from vitrail.config import nearest
+from vitrail.models import fitted
 from vitrail.models.encoder import Encoder
 from vitrail.tasks.classify import Classify
 from vitrail.tasks.combined import MAEInfoNCE
@@ -72,12 +73,15 @@ def build_task(name: str, model: Encoder, **options: Any) -> Task:
     """A task around a model.
 
     Raises:
-        ValueError: Unknown task or option; the message names the nearest.
+        ValueError: Unknown task or option (the message names the nearest), or a value that does not fit.
     """
     kind: Any = find_task(name)
     known = [key for key in inspect.signature(kind).parameters if key != "model"]
     for key in options:
         if key not in known:
             raise ValueError(f"task {name} has no option {key!r}: {nearest(key, known)}")
-    task: Task = kind(model, **options)
+    kinds = get_type_hints(kind.__init__)
+    task: Task = kind(
+        model, **{key: fitted(f"task {name}", key, own, kinds[key]) for key, own in options.items()}
+    )
     return task
