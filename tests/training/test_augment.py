@@ -209,6 +209,13 @@ def test_flip_mirrors_the_chosen_images():
     assert torch.equal(flipped, torch.stack([images[0].flip(-1), images[1], images[2].flip(-1)]))
 
 
+def test_a_crop_that_may_show_nothing_of_the_image_is_refused():
+    images = torch.zeros(2, 1, 8, 10, dtype=torch.uint8)
+    assert Augment(AugmentSection(crop=7))(images, generator()).shape == images.shape
+    with pytest.raises(ValueError, match="got 8 for 8 x 10 pixels"):
+        Augment(AugmentSection(crop=8))(images, generator())
+
+
 def test_flip_and_crop_of_a_batch_are_windows_of_the_padded_images_or_their_mirrors():
     images = pictures(32, 3, 10, 12)
     changed = (Augment(AugmentSection(flip=True, crop=2))(images, generator()) * 255).round().to(torch.uint8)

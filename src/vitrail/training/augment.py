@@ -86,8 +86,17 @@ class Augment:
 
         Returns:
             float32 [B, C, H, W], 0 to 1, on the same device.
+
+        Raises:
+            ValueError: `crop` pads by as much as the images are high or wide.
         """
         section = self.section
+        height, width = images.shape[2:]
+        if section.crop >= min(height, width):
+            raise ValueError(
+                f"augment.crop must lie below the side of the images, or a crop may show padding alone; got "
+                f"{section.crop} for {height} x {width} pixels"
+            )
         if section.flip or section.crop:
             images = _flip_and_crop(images, section, generator)
         matrices = self._geometry(images, generator, area)
