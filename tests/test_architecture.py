@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": {"components"},
     "pretrained": {"models", "components.position", "files", "noise", "torchvision_ops"},
     "datasets": {"config"},
-    "tasks": {"components", "models.encoder", "config", "processes"},
+    "tasks": {"components", "models.encoder", "models.options", "config", "processes"},
     "training": {
         "models",
         "tasks",

@@ -314,7 +314,7 @@ def test_drop_path_grows_as_in_timm() -> None:
     ("changes", "message"),
     [
         ({"depth": 0}, "depth must be at least 1, got 0"),
-        ({"num_heads": (2, 0)}, "num_heads must be at least 1 in both branches"),
+        ({"num_heads": (2, 0)}, r"num_heads must be at least 1, got \(2, 0\)"),
         ({"stem": "conv"}, "stem 'conv' is for patches of 12 and 16 pixels"),
         ({"num_heads": (3, 4)}, "embed_dim 64 is not divisible by num_heads 3"),
         ({"embed_dim": 64}, "option embed_dim"),

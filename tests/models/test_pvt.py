@@ -284,7 +284,7 @@ def test_new_head() -> None:
         ),
         ({"num_heads": (1, 2, 5)}, "embed_dims: 192 is not divisible by its num_heads 5"),
         ({"sr_ratios": (4, 2, 2)}, "the last of sr_ratios must be 1"),
-        ({"depths": (2, 0, 2)}, "depths must be positive"),
+        ({"depths": (2, 0, 2)}, "depths must be at least 1"),
         ({"patch_size": 0}, "patch_size must be at least 1"),
         ({"embed_dims": "wide"}, "option embed_dims"),
     ],

@@ -284,6 +284,11 @@ def test_tokens_and_positions_have_no_weight_decay(position: str) -> None:
         ({"num_heads": 5}, "embed_dim 192 is not divisible by num_heads 5"),
         ({"class_token": False}, "pool 'cls' needs class_token"),
         ({"depth": 0}, "depth must be at least 1"),
+        ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
+        ({"img_size": (32, 0)}, r"img_size must be at least 1, got \(32, 0\)"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio must be positive, got nan"),
+        ({"mlp_ratio": 1e-9}, "mlp_ratio 1e-09 leaves no hidden layer of an MLP that is 192 wide"),
+        ({"attn_drop": 1.0}, r"attn_drop must lie in \[0, 1\), got 1.0"),
         ({"position": "rotary", "num_heads": 96}, "divisible by 4, got 2"),
     ],
 )

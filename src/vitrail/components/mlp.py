@@ -13,6 +13,22 @@ from torch.nn import functional as F
 from vitrail.components.tap import Tap
 
 
+def hidden_width(dim: int, ratio: float) -> int:
+    """Width of the hidden layer of an MLP, rounded down.
+
+    Args:
+        dim: Width of its input.
+        ratio: How many times as wide, what configs call `mlp_ratio`.
+
+    Raises:
+        ValueError: Nothing is left.
+    """
+    hidden = int(dim * ratio)
+    if hidden < 1:
+        raise ValueError(f"mlp_ratio {ratio} leaves no hidden layer of an MLP that is {dim} wide")
+    return hidden
+
+
 class Mlp(nn.Module):
     """Linear, GELU, dropout, linear, dropout; the tap `hidden` sees [B, N, hidden_dim] after the GELU."""
 

@@ -11,10 +11,9 @@ import difflib
 import fnmatch
 from typing import Any, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from vitrail.models import cait, cct, crossvit, deit, diffvit, pvt, pvt_v2, swin, swin_v2, video_vit, vit
 from vitrail.models.encoder import Encoder, Features, Stage
+from vitrail.models.options import fitted
 
 __all__ = [
     "SHORT_NAMES",
@@ -23,7 +22,6 @@ __all__ = [
     "Features",
     "Stage",
     "build_model",
-    "fitted",
     "list_models",
     "model_config",
 ]
@@ -71,9 +69,6 @@ SHORT_NAMES = {
     "video_vit_base": "video_vit_base_patch16_224",
 }
 
-_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
-"""Options may be modules."""
-
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the variants that match a shell-style pattern, sorted."""
@@ -101,26 +96,6 @@ def model_config(name: str, **changes: Any) -> Any:
 def build_model(name: str, **changes: Any) -> Encoder:
     """A freshly initialised model; see `model_config` for the arguments and errors."""
     return model_config(name, **changes).build()
-
-
-def fitted(owner: str, option: str, value: Any, annotation: Any) -> Any:
-    """A value as the kind that an option takes; what a command line or a file says reaches its owner here.
-
-    Args:
-        owner: Whose option, for the message: `task mae`.
-        option: Its name.
-        value: As it came: text for a number, a list for a tuple.
-        annotation: The kind.
-
-    Raises:
-        ValueError: It is of another kind.
-    """
-    try:
-        return TypeAdapter(annotation, config=_ANY_CLASS).validate_python(value)
-    except ValidationError as error:
-        # "Input should be a valid number, unable to parse string as a number"
-        expected = error.errors()[0]["msg"].replace("Input should be", "expected").partition(", unable")[0]
-        raise ValueError(f"{owner}, option {option}: {expected}, got {value!r}") from None
 
 
 def _nearest(name: str, known: Any) -> str:

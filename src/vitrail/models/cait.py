@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from vitrail.components.attention import attend, split_heads
 from vitrail.components.flow import AttentionStep, Flow, Readout, Tokens, squares
-from vitrail.components.mlp import Mlp
+from vitrail.components.mlp import Mlp, hidden_width
 from vitrail.components.patch import ConvPatchEmbedding, patch_grid
 from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.residual import DropPath
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks
+from vitrail.models.options import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +52,7 @@ class CaiTConfig:
     drop_path: float = 0.0  # the same at every patch block
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_chans", "embed_dim", "depth", "class_depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
 
@@ -154,7 +153,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = TalkingHeadsAttention(dim, config.num_heads, config.attn_drop, config.drop)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.drop)
+        self.mlp = Mlp(dim, hidden_width(dim, config.mlp_ratio), config.drop)
         self.gamma_1 = nn.Parameter(torch.full((dim,), config.layer_scale))
         self.gamma_2 = nn.Parameter(torch.full((dim,), config.layer_scale))
         self.drop_path = DropPath(config.drop_path)
@@ -178,7 +177,7 @@ class ClassBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = ClassAttention(dim, config.num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
+        self.mlp = Mlp(dim, hidden_width(dim, config.mlp_ratio))
         self.gamma_1 = nn.Parameter(torch.full((dim,), config.layer_scale))
         self.gamma_2 = nn.Parameter(torch.full((dim,), config.layer_scale))
         self.mid, self.out = Tap(), Tap()

@@ -30,10 +30,12 @@ from torch.nn import functional as F
 
 from vitrail.components.attention import Attention
 from vitrail.components.flow import AttentionStep, Flow, Readout, Tokens, squares
+from vitrail.components.mlp import hidden_width
 from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks
+from vitrail.models.options import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +58,7 @@ class CCTConfig:
     drop_path: float = 0.0  # at the last block, growing linearly from 0
 
     def __post_init__(self) -> None:
-        for name in ("kernel_size", "num_convs", "in_chans", "embed_dim", "depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         if self.tokenizer == "conv" and self.kernel_size % 2 == 0:
@@ -134,7 +134,7 @@ class Block(nn.Module):
     def __init__(self, config: CCTConfig, drop_path: float) -> None:
         super().__init__()
         dim = config.embed_dim
-        hidden_dim = int(dim * config.mlp_ratio)
+        hidden_dim = hidden_width(dim, config.mlp_ratio)
         self.pre_norm = nn.LayerNorm(dim)
         self.self_attn = Attention(
             dim, config.num_heads, qkv_bias=False, attn_drop=config.attn_drop, drop=config.drop

@@ -31,12 +31,13 @@ from torch.nn import functional as F
 from vitrail.components.attention import Attention
 from vitrail.components.cross_attention import CrossAttention
 from vitrail.components.flow import AttentionStep, Flow, Readout, Tokens, even
-from vitrail.components.mlp import Mlp
+from vitrail.components.mlp import Mlp, hidden_width
 from vitrail.components.patch import ConvPatchEmbedding, PatchEmbedding, patch_grid
 from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks
+from vitrail.models.options import check_ranges
 
 Pair = tuple[int, int]
 SMALL, LARGE = 0, 1
@@ -63,12 +64,7 @@ class CrossViTConfig:
     drop_path: float = 0.0  # at the last block, growing linearly from 0
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "embed_dim", "branch_depth", "num_heads"):
-            if min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1 in both branches, got {getattr(self, name)}")
-        for name in ("in_chans", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
         if self.stem == "conv" and not set(self.patch_size) <= set(STEM_STRIDES):
             raise ValueError(
                 f"stem 'conv' is for patches of 12 and 16 pixels, got {self.patch_size}; take stem 'patch'"
@@ -137,7 +133,7 @@ class Block(nn.Module):
             drop=config.drop,
         )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.drop)
+        self.mlp = Mlp(dim, hidden_width(dim, config.mlp_ratio), config.drop)
         self.drop_path = DropPath(drop_path)
         self.mid, self.out = Tap(), Tap()
 

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, padded_squares, squares
-from vitrail.components.mlp import Mlp
+from vitrail.components.mlp import Mlp, hidden_width
 from vitrail.components.patch import PatchEmbedding, patch_grid
 from vitrail.components.position import Grid, TableLayout, resample_table
 from vitrail.components.reduction import ReducedAttention, SpatialReductionAttention
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks
+from vitrail.models.options import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,17 +50,13 @@ class PVTConfig:
     drop_path: float = 0.0  # at the last block, growing linearly from 0 over all stages
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_chans"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("embed_dims", "depths", "num_heads", "mlp_ratios", "sr_ratios"):
+        check_ranges(self)
+        for name in ("embed_dims", "num_heads", "mlp_ratios", "sr_ratios"):
             values = getattr(self, name)
-            if len(values) != len(self.depths) or not values:
+            if len(values) != len(self.depths):
                 raise ValueError(
                     f"{name} needs one value for each of {len(self.depths)} stages (depths), got {values}"
                 )
-            if min(values) <= 0:
-                raise ValueError(f"{name} must be positive, got {values}")
         for dim, heads in zip(self.embed_dims, self.num_heads, strict=True):
             if dim % heads:
                 raise ValueError(f"embed_dims: {dim} is not divisible by its num_heads {heads}")
@@ -117,7 +114,7 @@ class Block(nn.Module):
             drop=config.drop,
         )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratios[stage]), config.drop)
+        self.mlp = Mlp(dim, hidden_width(dim, config.mlp_ratios[stage]), config.drop)
         self.drop_path = DropPath(drop_path)
         self.mid, self.out = Tap(), Tap()
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, padded_squares, squares
+from vitrail.components.mlp import hidden_width
 from vitrail.components.patch import PatchEmbedding
 from vitrail.components.position import Grid
 from vitrail.components.reduction import (
@@ -34,6 +35,7 @@ from vitrail.components.reduction import (
 from vitrail.components.residual import DropPath, drop_path_rates
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, asked_blocks
+from vitrail.models.options import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,17 +57,13 @@ class PVTv2Config:
     drop_path: float = 0.0  # at the last block, growing linearly from 0 over all stages
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_chans"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("embed_dims", "depths", "num_heads", "mlp_ratios", "sr_ratios"):
+        check_ranges(self)
+        for name in ("embed_dims", "num_heads", "mlp_ratios", "sr_ratios"):
             values = getattr(self, name)
-            if len(values) != len(self.depths) or not values:
+            if len(values) != len(self.depths):
                 raise ValueError(
                     f"{name} needs one value for each of {len(self.depths)} stages (depths), got {values}"
                 )
-            if min(values) <= 0:
-                raise ValueError(f"{name} must be positive, got {values}")
         for dim, heads in zip(self.embed_dims, self.num_heads, strict=True):
             if dim % heads:
                 raise ValueError(f"embed_dims: {dim} is not divisible by its num_heads {heads}")
@@ -138,7 +136,7 @@ class Block(nn.Module):
                 dim, heads, config.sr_ratios[stage], attn_drop=config.attn_drop, drop=config.drop
             )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = ConvMlp(dim, int(dim * config.mlp_ratios[stage]), config.drop, relu=config.linear)
+        self.mlp = ConvMlp(dim, hidden_width(dim, config.mlp_ratios[stage]), config.drop, relu=config.linear)
         self.drop_path = DropPath(drop_path)
         self.mid, self.out = Tap(), Tap()
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vitrail.components.attention import Attention
 from vitrail.components.flow import AttentionStep, Flow, MergeStep, Readout, Tokens, padded_squares, squares
-from vitrail.components.mlp import Mlp
+from vitrail.components.mlp import Mlp, hidden_width
 from vitrail.components.patch import ConvPatchEmbedding, patch_grid
 from vitrail.components.position import Grid, TableLayout
 from vitrail.components.residual import DropPath, drop_path_rates
@@ -36,6 +36,7 @@ from vitrail.components.window import (
     offset_index,
 )
 from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks, bias_by_offset
+from vitrail.models.options import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,21 +58,13 @@ class SwinConfig:
     drop_path: float = 0.0  # at the last block, growing linearly from 0
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_chans", "embed_dim", "window_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if min(self.image_shape) < 1:
-            raise ValueError(f"img_size must be at least 1, got {self.img_size}")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
-        if not self.depths or min(self.depths) < 1:
-            raise ValueError(f"depths needs at least one block in each stage, got {self.depths}")
+        check_ranges(self)
         if len(self.num_heads) != len(self.depths):
             raise ValueError(
                 f"num_heads {self.num_heads} and depths {self.depths} need one number for each stage"
             )
         for width, heads in zip(self.widths, self.num_heads, strict=True):
-            if heads < 1 or width % heads:
+            if width % heads:
                 raise ValueError(f"width {width} of a stage is not divisible by its num_heads {heads}")
 
     @property
@@ -203,7 +196,7 @@ class SwinBlock(nn.Module):
             drop=config.drop,
         )
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.drop)
+        self.mlp = Mlp(dim, hidden_width(dim, config.mlp_ratio), config.drop)
         self.drop_path = DropPath(drop_path)
         self.mid, self.out = Tap(), Tap()
 

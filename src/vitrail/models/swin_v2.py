@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.components.attention import split_heads
-from vitrail.components.mlp import Mlp
+from vitrail.components.mlp import Mlp, hidden_width
 from vitrail.components.position import Grid
 from vitrail.components.residual import DropPath
 from vitrail.components.tap import Tap
@@ -53,10 +53,9 @@ class SwinV2Config(SwinConfig):
     def __post_init__(self) -> None:
         SwinConfig.__post_init__(self)  # a dataclass with slots cannot use super()
         trained = self.pretrained_window_sizes
-        if trained is not None and (len(trained) != len(self.depths) or min(trained) < 1):
+        if trained is not None and len(trained) != len(self.depths):
             raise ValueError(
-                f"pretrained_window_sizes needs one size of at least 1 for each of {len(self.depths)} "
-                f"stages, got {trained}"
+                f"pretrained_window_sizes needs one size for each of {len(self.depths)} stages, got {trained}"
             )
 
     @property
@@ -182,7 +181,7 @@ class SwinV2Block(nn.Module):
             drop=config.drop,
         )
         self.norm1 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.drop)
+        self.mlp = Mlp(dim, hidden_width(dim, config.mlp_ratio), config.drop)
         self.norm2 = nn.LayerNorm(dim)
         nn.init.zeros_(self.norm1.weight)
         nn.init.zeros_(self.norm2.weight)

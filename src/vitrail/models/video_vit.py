@@ -35,6 +35,7 @@ from vitrail.components.residual import drop_path_rates
 from vitrail.components.space_time import ClipGrid, SinCosPosition3d, moments
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks
+from vitrail.models.options import check_ranges
 from vitrail.models.vit import Block, ViTConfig
 
 
@@ -61,9 +62,7 @@ class VideoViTConfig:
     drop_path: float = 0.0  # at the last block, growing linearly from 0
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "tubelet"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
         if self.num_frames % self.tubelet:
             raise ValueError(f"num_frames {self.num_frames} is not divisible by tubelet {self.tubelet}")
         _ = self.frame  # which checks the rest
@@ -271,7 +270,8 @@ def _initialise(module: nn.Module) -> None:
     """Linear layers start as in the ViT."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 VARIANTS: dict[str, VideoViTConfig] = {

@@ -26,7 +26,7 @@ from vitrail.components.attention import Attention, AttentionCore, attend
 from vitrail.components.differential import DifferentialAttention
 from vitrail.components.flow import AttentionStep, Flow, Readout, Tokens, squares
 from vitrail.components.linear_attention import attend_linear
-from vitrail.components.mlp import Mlp, SwiGLU
+from vitrail.components.mlp import Mlp, SwiGLU, hidden_width
 from vitrail.components.patch import PATCH_EMBEDDINGS, patch_grid
 from vitrail.components.position import (
     Grid,
@@ -42,6 +42,7 @@ from vitrail.components.residual import DropPath, LayerScale, drop_path_rates
 from vitrail.components.sparse import SparsePattern, attend_top_k, top_k_density
 from vitrail.components.tap import Tap
 from vitrail.models.encoder import Encoder, Features, Fill, Stage, asked_blocks, bias_by_offset
+from vitrail.models.options import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,11 +83,7 @@ class ViTConfig:
     drop_path: float = 0.0  # at the last block, growing linearly from 0
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.reach < 0:
-            raise ValueError(f"reach must be at least 0, got {self.reach}")
+        check_ranges(self)
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         if self.pool == "cls" and not self.class_token:
@@ -138,7 +135,7 @@ class Block(nn.Module):
         self.attn = _attention(config, layer)
         self.ls1 = nn.Identity() if config.layer_scale is None else LayerScale(dim, config.layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = mlp(dim, int(dim * config.mlp_ratio), config.drop)
+        self.mlp = mlp(dim, hidden_width(dim, config.mlp_ratio), config.drop)
         self.ls2 = nn.Identity() if config.layer_scale is None else LayerScale(dim, config.layer_scale)
         self.drop_path = DropPath(drop_path)
         self.rel_pos = (

@@ -6,8 +6,8 @@ import inspect
 from typing import Any, get_type_hints
 
 from vitrail.config import nearest
-from vitrail.models import fitted
 from vitrail.models.encoder import Encoder
+from vitrail.models.options import fitted
 from vitrail.tasks.classify import Classify
 from vitrail.tasks.combined import MAEInfoNCE
 from vitrail.tasks.contrastive import ClassifyInfoNCE, InfoNCE, SupCon
