@@ -415,3 +415,15 @@ def test_mistakes_with_summary(command: str, message: str, run: Run) -> None:
     assert said.startswith("vitrail: ")
     assert said.count("\n") == 1
     assert message in said
+
+
+def test_a_model_larger_than_the_memory_gets_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "digits-vit", "--model.embed_dim", "4000000", "--train.output", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said == "vitrail: out of memory: take smaller batches, smaller images or a smaller model\n"
+    assert not (tmp_path / "run").exists()

@@ -95,6 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, OSError) and error.filename:
             _fail(f"{error.filename}: {error.strerror}")
         _fail(" ".join(str(error).split()))
+    except (RuntimeError, MemoryError) as error:
+        from vitrail.training.memory import is_out_of_memory
+
+        if debug or not is_out_of_memory(error):
+            raise
+        _fail("out of memory: take smaller batches, smaller images or a smaller model")
 
 
 def _run(words: list[str]) -> None:
