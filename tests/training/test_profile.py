@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitrail.config import RunConfig, load_config
 from vitrail.datasets import ImageSet
 from vitrail.training import prepare, training_batches
+from vitrail.training import profile as profile_module
 from vitrail.training.average import MovingAverage
 from vitrail.training.mixing import Mix
 from vitrail.training.profile import PARTS, Operator, TrainingProfile, profile_training
@@ -70,7 +71,9 @@ def test_a_delay_is_found_in_its_part(
     assert PARTS[part] in found.advice()[0]
 
 
-def test_operators_are_counted_as_torch_dispatches_them() -> None:
+def test_operators_are_counted_as_torch_dispatches_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile_module, "_MOST_OPERATORS", 1000)  # which take longest depends on the machine
+
     class Count(TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
@@ -87,7 +90,7 @@ def test_operators_are_counted_as_torch_dispatches_them() -> None:
         run.task.train()(batch, 0)["loss"].backward()
     calls = {own.name: own.calls for own in profile_training(config, steps=5).operators}
     compared = {"mm", "addmm", "native_layer_norm", "convolution_backward", "gelu"} & set(calls)
-    assert compared & {"mm", "addmm"}
+    assert compared >= {"mm", "addmm", "native_layer_norm", "gelu"}
     assert {name: calls[name] for name in compared} == {name: count.seen[name] for name in compared}
 
 
