@@ -127,8 +127,6 @@ def block_masking(batch: int, grid: Grid, count: int = 4, generator: torch.Gener
     context = torch.zeros(batch, patches, dtype=torch.bool)
     missing = torch.arange(batch)
     for _ in range(_DRAWS):
-        if not len(missing):
-            break
         blocks = _place_blocks(len(missing), count, target_size, grid, generator)
         around = _place_blocks(len(missing), 1, context_size, grid, generator)
         free = torch.zeros(len(missing), patches, dtype=torch.bool)
@@ -136,6 +134,8 @@ def block_masking(batch: int, grid: Grid, count: int = 4, generator: torch.Gener
         enough = free.sum(dim=1) * 4 >= patches
         targets[missing[enough]], context[missing[enough]] = blocks[enough], free[enough]
         missing = missing[~enough]
+        if not len(missing):
+            break
     else:
         raise ValueError(
             f"{count} target blocks leave less than a quarter of {grid[0]} x {grid[1]} patches as context, "
